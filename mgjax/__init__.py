@@ -1,0 +1,1 @@
+"""Mini-Gemini in JAX/Flax."""

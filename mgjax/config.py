@@ -1,0 +1,130 @@
+"""The shape of a model, as frozen data.  Families and sizes differ by values here, nowhere by name."""
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVitConfig:
+  """Low-resolution tower: a CLIP ViT (R1.2).  Defaults: openai/clip-vit-large-patch14-336."""
+
+  image_size: int = 336
+  patch_size: int = 14
+  width: int = 1024
+  depth: int = 24
+  heads: int = 16
+  mlp_width: int = 4096
+  norm_eps: float = 1e-5
+  select_layer: int = -2  # index into the depth+1 hidden states; -2 leaves the last block unused
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise ValueError(f"clip: image_size {self.image_size} is not a multiple of patch_size "
+                       f"{self.patch_size}")
+    if self.width % self.heads:
+      raise ValueError(f"clip: width {self.width} is not a multiple of heads {self.heads}")
+    if not -self.depth - 1 <= self.select_layer <= self.depth:
+      raise ValueError(f"clip: select_layer {self.select_layer} is outside the "
+                       f"{self.depth + 1} hidden states")
+
+  @property
+  def side(self) -> int:
+    """Patches along one side of the image."""
+    return self.image_size // self.patch_size
+
+  @property
+  def used_depth(self) -> int:
+    """Blocks that have to run for the selected hidden state."""
+    return self.select_layer % (self.depth + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNextConfig:
+  """High-resolution tower: an OpenCLIP ConvNeXt trunk (R1.4).  Defaults: convnext_large_d_320."""
+
+  depths: tuple[int, ...] = (3, 3, 27, 3)
+  widths: tuple[int, ...] = (192, 384, 768, 1536)
+  norm_eps: float = 1e-6
+  drop_path: float = 0.0  # rate of the last block, rising linearly from 0; the recipe trains at 0.1
+
+  def __post_init__(self):
+    if len(self.depths) != len(self.widths):
+      raise ValueError(f"convnext: {len(self.depths)} depths for {len(self.widths)} widths")
+
+  @property
+  def features(self) -> int:
+    """Channels of the concatenated stage maps."""
+    return sum(self.widths)
+
+  @property
+  def stride(self) -> int:
+    """Pixels per position of the first (finest) stage map."""
+    return 4
+
+  @property
+  def total_stride(self) -> int:
+    """Pixels per position of the last (coarsest) stage map."""
+    return self.stride * 2 ** (len(self.depths) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A Llama-family decoder (R1.10, R1.11).  Defaults: Vicuna-7B."""
+
+  vocab_size: int = 32000
+  width: int = 4096
+  depth: int = 32
+  heads: int = 32
+  kv_heads: int = 32
+  head_dim: int = 128
+  mlp_width: int = 11008
+  norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(f"decoder: heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A whole Mini-Gemini.  `vision_hr=None` is the single-tower model: no mining, same tokens."""
+
+  vision: ClipVitConfig = ClipVitConfig()
+  vision_hr: ConvNextConfig | None = ConvNextConfig()
+  decoder: DecoderConfig = DecoderConfig()
+  hr_size: int = 768        # side of the one image that the host sends
+  grid: int = 1             # HD: the LR view is cut into grid x grid tiles
+  global_view: bool = False  # HD: one more tile, the whole view shrunk
+  projector_depth: int = 2  # mlp{N}x_gelu; 1 is a single linear layer
+
+  def __post_init__(self):
+    if self.grid < 1:
+      raise ValueError(f"model: grid must be at least 1, got {self.grid}")
+    if self.global_view and self.grid == 1:
+      raise ValueError("model: global_view needs grid >= 2 (with grid 1 the view is the image)")
+    if self.projector_depth < 1:
+      raise ValueError(f"model: projector_depth must be at least 1, got {self.projector_depth}")
+    if self.vision_hr is not None:
+      cells = self.vision.side * self.grid
+      stride = self.vision_hr.total_stride
+      if self.hr_size % (self.vision_hr.stride * cells) or self.hr_size % stride:
+        raise ValueError(
+            f"model: hr_size {self.hr_size} must be a multiple of {stride} (the last ConvNeXt "
+            f"stage) and of {self.vision_hr.stride * cells} (so that each of {cells} LR tokens a "
+            "side owns a whole window)")
+
+  @property
+  def lr_size(self) -> int:
+    """Side of the low-resolution view before it is cut into tiles."""
+    return self.vision.image_size * self.grid
+
+  @property
+  def tiles(self) -> int:
+    """CLIP crops per image."""
+    return self.grid**2 + self.global_view
+
+  @property
+  def visual_tokens(self) -> int:
+    """T: tokens that one image takes in the text."""
+    return self.tiles * self.vision.side**2

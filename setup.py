@@ -1,0 +1,36 @@
+"""mgjax: Mini-Gemini in JAX/Flax.  `pip install -e .[test]` for the tests, `.[tpu]` on a TPU VM."""
+from setuptools import find_packages, setup
+
+setup(
+    name="mgjax",
+    version="0.1.0",
+    description="Mini-Gemini (MGM) in JAX/Flax: a vision-language model with two vision encoders",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mgjax*", "conversion*"]),
+    install_requires=[
+        "jax>=0.10,<0.11.1",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "transformers>=5",
+        "tokenizers>=0.21",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "pillow>=12.3",
+        "numpy>=2",
+        "ml-collections>=1.0",
+        "absl-py>=2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.11.1"],
+        "cuda": ["jax[cuda12]>=0.10,<0.11.1"],
+        "demo": ["scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "test": ["pytest>=8", "ruff>=0.9", "scikit-image>=0.26", "scikit-learn>=1.5",
+                 "matplotlib>=3.9", "tensorboardX>=2.6"],
+        "torch": ["torch==2.13.0"],
+    },
+)
