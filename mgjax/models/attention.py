@@ -1,0 +1,55 @@
+"""Scaled dot-product attention with grouped keys."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Softmax attention; logits and softmax in float32.
+
+  Args:
+    q: [B, Lq, H, h].
+    k, v: [B, Lk, K, h]; each of the K heads serves H // K consecutive query heads.
+    mask: bool, broadcastable to [B, Lq, Lk]; True where a query may look.  None: everywhere.
+
+  Returns: [B, Lq, H, h] in the dtype of q.
+  """
+  b, lq, heads, h = q.shape
+  groups = k.shape[2]
+  q = q.reshape(b, lq, groups, heads // groups, h) * (h**-0.5)
+  logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32)
+  if mask is not None:
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum("bkgqs,bskh->bqkgh", weights, v).reshape(b, lq, heads, h)
+
+
+def packed_causal_mask(segment_ids: jax.Array) -> jax.Array:
+  """Who sees whom in a packed row: earlier positions of the same sample.
+
+  segment_ids int32 [B, L] -> bool [B, L, L].  For one row [1, 1, 2, 2, 0]:
+
+      1 . . . .
+      1 1 . . .
+      . . 1 . .
+      . . 1 1 .
+      . . . . 1     (padding sees itself alone, so that its softmax stays finite)
+  """
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  index = jnp.arange(segment_ids.shape[1])
+  causal = index[:, None] >= index[None, :]
+  return same & causal
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+  """Rotary embedding, rotate-half convention, angles in float32.
+
+  x [B, L, H, h], positions int [B, L] -> [B, L, H, h].
+  """
+  half = x.shape[-1] // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, L, 1, h/2]
+  sin, cos = jnp.sin(angles), jnp.cos(angles)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

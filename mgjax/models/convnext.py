@@ -1,0 +1,104 @@
+"""The high-resolution tower: an OpenCLIP ConvNeXt trunk (R1.4)."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mgjax.config import ConvNextConfig
+from mgjax.models.depthwise import depthwise_conv
+from mgjax.models.images import resize_bilinear
+from mgjax.models.layers import LayerNorm, dense, remat, stack
+from mgjax.sharding import constrain
+
+
+def space_to_depth(x: jax.Array, size: int) -> jax.Array:
+  """[N, H, W, C] -> [N, H/size, W/size, size*size*C]: a strided convolution becomes a matmul."""
+  n, h, w, c = x.shape
+  x = x.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(n, h // size, w // size, size * size * c)
+
+
+class ConvNextBlock(nnx.Module):
+  """Depthwise 7x7, LayerNorm, inverted bottleneck with exact GELU, layer scale, residual."""
+
+  def __init__(self, width: int, eps: float, *, dtype, rngs: nnx.Rngs):
+    init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=())
+    self.kernel = nnx.Param(init(rngs(), (7, 7, width)), out_sharding=("taps", "taps", "channels"))
+    self.bias = nnx.Param(jnp.zeros(width), out_sharding=("channels",))
+    self.norm = LayerNorm(width, eps)
+    self.up = dense(width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    self.down = dense(4 * width, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+    self.gamma = nnx.Param(jnp.full(width, 0.1), out_sharding=("norm",))
+
+  def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the residual branch, 0 or 1/(1-rate)."""
+    y = depthwise_conv(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
+    y = jax.nn.gelu(self.up(self.norm(y)), approximate=False)
+    y = self.down(constrain(y, "batch", "space", "space", "act_mlp"))
+    y = y * self.gamma[...].astype(x.dtype)
+    if keep is not None:
+      y = y * keep[:, None, None, None].astype(x.dtype)
+    return constrain(x + y, "batch", "space", "space", "act_embed")
+
+
+class ConvNextStage(nnx.Module):
+  """Optional 2x downsampling, then a stack of blocks."""
+
+  def __init__(self, config: ConvNextConfig, index: int, *, dtype, rngs: nnx.Rngs):
+    width = config.widths[index]
+    block = lambda r: ConvNextBlock(width, config.norm_eps, dtype=dtype, rngs=r)
+    before = config.widths[index - 1]
+    self.down_norm = nnx.data(LayerNorm(before, config.norm_eps) if index else None)
+    self.down = nnx.data(
+        dense(4 * before, width, (None, "embed"), dtype=dtype, rngs=rngs) if index else None)
+    self.blocks = stack(config.depths[index], block, rngs)
+
+
+class ConvNext(nnx.Module):
+  """Images -> the four stage maps, at strides 4, 8, 16, 32."""
+
+  def __init__(self, config: ConvNextConfig, *, remat_policy: str = "none", dtype, rngs: nnx.Rngs):
+    self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
+    width = config.widths[0]
+    self.stem = dense(config.stride**2 * 3, width, (None, "embed"), dtype=dtype, rngs=rngs)
+    self.stem_norm = LayerNorm(width, config.norm_eps)
+    self.stages = nnx.List([ConvNextStage(config, i, dtype=dtype, rngs=rngs)
+                            for i in range(len(config.depths))])
+
+  def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> list[jax.Array]:
+    """images: normalised [N, H, H, 3] -> [N, H/4, H/4, C0], [N, H/8, H/8, C1], ...
+
+    rng: key for drop path (stochastic depth, per sample, scaled by 1/keep); None switches it off.
+    The recipe trains with it on, though the tower is frozen (R1.4).
+    """
+    keeps = self._drop_path(images.shape[0], rng)
+    x = self.stem_norm(self.stem(space_to_depth(images.astype(self.dtype), self.config.stride)))
+    maps = []
+    for stage, keep in zip(self.stages, keeps):
+      if stage.down is not None:
+        x = stage.down(space_to_depth(stage.down_norm(x), 2))
+      body = remat(self.remat_policy)(lambda x, scanned: (scanned[0](x, scanned[1]), None))
+      x, _ = jax.lax.scan(body, x, (stage.blocks, keep))
+      maps.append(x)
+    return maps
+
+  def _drop_path(self, n: int, rng):
+    """Per stage, the factors [blocks, N] of the residual branches (None: all kept)."""
+    depths = self.config.depths
+    if rng is None or self.config.drop_path == 0:
+      return [None] * len(depths)
+    kept = 1 - np.linspace(0, self.config.drop_path, sum(depths), dtype=np.float32)[:, None]
+    factors = jax.random.bernoulli(rng, kept, (sum(depths), n)) / kept
+    return jnp.split(factors, np.cumsum(depths)[:-1])
+
+
+def concatenated_features(maps: list[jax.Array]) -> jax.Array:
+  """The stage maps on the grid of the first, channels [r0 | r1 | r2 | r3].
+
+  Upsampled bilinearly in float32 and cast back.  -> [N, H/4, H/4, sum of widths]
+  """
+  h, w = maps[0].shape[1:3]
+  up = [resize_bilinear(m, h, w).astype(m.dtype) for m in maps[1:]]
+  return jnp.concatenate([maps[0], *up], axis=-1)

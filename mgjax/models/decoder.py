@@ -1,0 +1,124 @@
+"""The language model: a Llama-family decoder (R1.10)."""
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mgjax.config import DecoderConfig
+from mgjax.models.attention import attention, packed_causal_mask, rope
+from mgjax.models.layers import RmsNorm, dense, remat, stack
+from mgjax.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of what was read so far: k, v [layers, B, S, K, h].  Slot = position."""
+
+  k: jax.Array
+  v: jax.Array
+
+
+class DecoderBlock(nnx.Module):
+  """Pre-norm block: grouped-query attention with RoPE, then SwiGLU."""
+
+  def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+    self.config = config
+    d, f = config.width, config.mlp_width
+    q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    self.norm1 = RmsNorm(d, config.norm_eps)
+    make = lambda i, o, axes: dense(i, o, axes, bias=False, dtype=dtype, rngs=rngs)
+    self.q = make(d, q_width, ("embed", "heads"))
+    self.k = make(d, kv_width, ("embed", "heads"))
+    self.v = make(d, kv_width, ("embed", "heads"))
+    self.out = make(q_width, d, ("heads", "embed"))
+    self.norm2 = RmsNorm(d, config.norm_eps)
+    self.gate = make(d, f, ("embed", "mlp"))
+    self.up = make(d, f, ("embed", "mlp"))
+    self.down = make(f, d, ("mlp", "embed"))
+
+  def qkv(self, x, positions):
+    """x [B, L, D] -> q [B, L, H, h], k, v [B, L, K, h], rotated."""
+    c = self.config
+    b, l, _ = x.shape
+    y = self.norm1(x)
+    q = self.q(y).reshape(b, l, c.heads, c.head_dim)
+    k = self.k(y).reshape(b, l, c.kv_heads, c.head_dim)
+    v = self.v(y).reshape(b, l, c.kv_heads, c.head_dim)
+    q, k, v = (constrain(a, "batch", "seq", "act_heads", None) for a in (q, k, v))
+    return rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta), v
+
+  def finish(self, x, attended):
+    """x [B, L, D], attended [B, L, H, h] -> [B, L, D]: output projection and MLP."""
+    b, l, _ = x.shape
+    x = constrain(x + self.out(attended.reshape(b, l, -1)), "batch", "seq", "act_embed")
+    y = self.norm2(x)
+    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "seq", "act_mlp")
+    return constrain(x + self.down(y), "batch", "seq", "act_embed")
+
+
+class Decoder(nnx.Module):
+  """Embeddings [B, L, D] -> final hidden states [B, L, D]; `logits` turns them into scores."""
+
+  def __init__(self, config: DecoderConfig, *, remat_policy: str = "none", dtype, rngs: nnx.Rngs):
+    self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
+    normal = nnx.initializers.normal(0.02)
+    self.embedding = nnx.Param(
+        normal(rngs(), (config.vocab_size, config.width)), out_sharding=("vocab", "embed"))
+    self.blocks = stack(
+        config.depth, lambda r: DecoderBlock(config, dtype=dtype, rngs=r), rngs)
+    self.norm = RmsNorm(config.width, config.norm_eps)
+    self.head = dense(config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype,
+                      rngs=rngs)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    """int [B, L] -> [B, L, D] in the compute dtype."""
+    return self.embedding[...].at[tokens].get(mode="clip").astype(self.dtype)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[B, L, D] -> float32 [B, L, V]."""
+    return constrain(self.head(hidden).astype(jnp.float32), "batch", "seq", "act_vocab")
+
+  def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Full pass over packed rows, for training and scoring.
+
+    x [B, L, D]; positions int [B, L], restarting at each sample; segment_ids int [B, L], 0 for
+    padding.  A sample attends to itself alone.  Returns [B, L, D], normed.
+    """
+    mask = packed_causal_mask(segment_ids)
+
+    def body(x, block):
+      q, k, v = block.qkv(x, positions)
+      return block.finish(x, attention(q, k, v, mask)), None
+
+    x = constrain(x, "batch", "seq", "act_embed")
+    x, _ = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)
+    return self.norm(x)
+
+  def extend(self, x: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Reads L more positions behind what the cache holds: prefill, a new turn, or one token.
+
+    x [B, L, D]; positions int [B, L], consecutive in a row.  Each position is written to the slot
+    of its number and sees every slot up to its own; slots past a row's end may hold anything,
+    they are overwritten before they are seen.  Returns hidden states [B, L, D] and the cache.
+    """
+    slots = jnp.arange(cache.k.shape[2])
+    mask = slots[None, None, :] <= positions[:, :, None]  # [B, L, S]
+    rows = jnp.arange(x.shape[0])[:, None]
+
+    # The cache is carried, not scanned over: XLA then updates it in place.
+    def body(carry, scanned):
+      x, k_all, v_all = carry
+      block, layer = scanned
+      q, k, v = block.qkv(x, positions)
+      k_all = k_all.at[layer, rows, positions].set(k.astype(k_all.dtype), mode="drop")
+      v_all = v_all.at[layer, rows, positions].set(v.astype(v_all.dtype), mode="drop")
+      attended = attention(q, k_all[layer].astype(q.dtype), v_all[layer].astype(q.dtype), mask)
+      return (block.finish(x, attended), k_all, v_all), None
+
+    layers = jnp.arange(self.config.depth)
+    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (self.blocks, layers))
+    return self.norm(x), KVCache(k, v)

@@ -1,0 +1,91 @@
+"""Small parts that every tower uses: dense layers, norms, stacks run by scan."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = jnp.dtype
+
+
+def uniform_fan_in(fan_in: int):
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear weights and biases."""
+  bound = fan_in**-0.5
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+      key, shape, dtype, minval=-bound, maxval=bound)
+
+
+def dense(d_in: int, d_out: int, axes: tuple[str | None, str | None], *, bias: bool = True,
+          init=None, bias_init=nnx.initializers.zeros_init(), dtype: Dtype,
+          rngs: nnx.Rngs) -> nnx.Linear:
+  """Linear layer [..., d_in] -> [..., d_out]; float32 parameters, computed in `dtype`."""
+  return nnx.Linear(
+      d_in, d_out, use_bias=bias, dtype=dtype, param_dtype=jnp.float32,
+      kernel_init=init or nnx.initializers.lecun_normal(), bias_init=bias_init,
+      kernel_metadata={"out_sharding": axes}, bias_metadata={"out_sharding": axes[1:]}, rngs=rngs)
+
+
+def new_dense(d_in: int, d_out: int, axes, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Linear:
+  """`dense` with PyTorch's initialisation: the modules that the recipe trains from scratch."""
+  init = uniform_fan_in(d_in)
+  return dense(d_in, d_out, axes, init=init, bias_init=init, dtype=dtype, rngs=rngs)
+
+
+class LayerNorm(nnx.Module):
+  """LayerNorm over the last axis; statistics in float32, result in the dtype of the input."""
+
+  def __init__(self, width: int, eps: float):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+    self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [..., C] -> [..., C]
+    y = standardize(x, self.eps) * self.scale[...] + self.bias[...]
+    return y.astype(x.dtype)
+
+
+def standardize(x: jax.Array, eps: float) -> jax.Array:
+  """LayerNorm without scale and shift, in float32.  [..., C] -> [..., C]"""
+  x = x.astype(jnp.float32)
+  x = x - jnp.mean(x, -1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
+class RmsNorm(nnx.Module):
+  """RMSNorm (Llama): normalised in float32, cast to the input's dtype, then scaled."""
+
+  def __init__(self, width: int, eps: float):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+    return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+  """`depth` equal blocks as one module whose parameters lead with a `layers` axis."""
+  build = nnx.vmap(make_block, transform_metadata={nnx.PARTITION_NAME: "layers"})
+  return build(rngs.split(depth))
+
+
+REMAT_POLICIES = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable",
+                  "everything_saveable")
+
+
+def remat(policy: str):
+  """Decorator that recomputes a block in the backward pass; `none` keeps every activation.
+
+  Names are those of `jax.checkpoint_policies`.  Raises ValueError for an unknown name.
+  """
+  if policy not in REMAT_POLICIES:
+    raise ValueError(f"remat: unknown policy {policy!r}; one of {', '.join(REMAT_POLICIES)}")
+  if policy == "none":
+    return lambda f: f
+  chosen = getattr(jax.checkpoint_policies, policy)
+  # Inside a scan the barrier against common-subexpression elimination is not needed.
+  return functools.partial(jax.checkpoint, policy=chosen, prevent_cse=False)

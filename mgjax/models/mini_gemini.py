@@ -1,0 +1,100 @@
+"""The whole model: two towers, mining, projector, decoder."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mgjax.config import ModelConfig
+from mgjax.models import images as views
+from mgjax.models.clip_vit import ClipVit
+from mgjax.models.convnext import ConvNext, concatenated_features
+from mgjax.models.decoder import Decoder
+from mgjax.models.layers import new_dense
+from mgjax.models.mining import PatchInfoMining
+from mgjax.sharding import constrain
+
+
+class Projector(nnx.Module):
+  """mlp{N}x_gelu: a linear layer, then N-1 times exact GELU and another."""
+
+  def __init__(self, d_in: int, d_out: int, depth: int, *, dtype, rngs: nnx.Rngs):
+    make = lambda d: new_dense(d, d_out, ("embed", None), dtype=dtype, rngs=rngs)
+    self.layers = nnx.List([make(d_in)] + [make(d_out) for _ in range(depth - 1)])
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [..., d_in] -> [..., d_out]
+    x = self.layers[0](x)
+    for layer in self.layers[1:]:
+      x = layer(jax.nn.gelu(x, approximate=False))
+    return x
+
+
+class MiniGemini(nnx.Module):
+  """Pictures and text in, scores of the next token out.
+
+  `remat_policy` names what the backward pass may keep (see `layers.remat`); `dtype` is the dtype
+  of the matrix products, parameters are created in float32.
+  """
+
+  def __init__(self, config: ModelConfig, *, remat_policy: str = "none", dtype=jnp.bfloat16,
+               rngs: nnx.Rngs):
+    self.config, self.dtype = config, dtype
+    kwargs = dict(remat_policy=remat_policy, dtype=dtype, rngs=rngs)
+    self.vision = ClipVit(config.vision, **kwargs)
+    hr = config.vision_hr
+    self.vision_hr = nnx.data(ConvNext(hr, **kwargs) if hr else None)
+    self.mining = nnx.data(
+        PatchInfoMining(config.vision.width, hr.features, dtype=dtype, rngs=rngs) if hr else None)
+    self.projector = Projector(
+        config.vision.width, config.decoder.width, config.projector_depth, dtype=dtype, rngs=rngs)
+    self.decoder = Decoder(config.decoder, **kwargs)
+
+  def encode_images(self, pixels: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+    """uint8 [N, H, H, 3] -> visual tokens [N, T, D] in the order global, tile 00, 01, 10, 11."""
+    return self.encode_normalized(views.normalize(pixels), rng)
+
+  def encode_normalized(self, hr: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+    """As `encode_images`, from the normalised picture [N, H, H, 3].  rng: drop path, or None."""
+    hr = constrain(hr, "batch", "space", "space", None)
+    tiles = views.low_resolution_tiles(hr, self.config)  # [N, tiles, s, s, 3]
+    return self.encode_views(tiles, hr, rng)
+
+  def encode_views(self, tiles: jax.Array, hr: jax.Array, rng=None) -> jax.Array:
+    """tiles [N, tiles, s, s, 3], hr [N, H, H, 3], both normalised -> visual tokens [N, T, D]."""
+    n = tiles.shape[0]
+    x = self.vision(tiles.reshape(-1, *tiles.shape[2:]))  # [N*tiles, t, Dv]
+    if self.mining is not None:
+      features = concatenated_features(self.vision_hr(hr, rng))
+      features = views.feature_tiles(features, self.config)
+      x = x + self.mining(x, features.reshape(-1, *features.shape[2:]))
+    x = self.projector(x)
+    return constrain(x.reshape(n, self.config.visual_tokens, -1), "batch", "seq", "act_embed")
+
+  def place(self, tokens: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
+    """Text embeddings with the visual tokens put where they belong.
+
+    tokens, visual_index int [B, L]; visual [B, S*T, D] -> [B, L, D].  visual_index is -1 for
+    text, else the number of a visual token of the same row.
+    """
+    text = self.decoder.embed(tokens)
+    if visual.shape[1] == 0:
+      return text
+    picked = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1)
+    return jnp.where((visual_index >= 0)[..., None], picked.astype(text.dtype), text)
+
+  def hidden(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
+    """Final hidden states [B, L, D] of a batch (tokens, visual_index, positions, segment_ids,
+    images [B, S, H, H, 3]); S = 0 is a batch of text."""
+    pixels = batch["images"]
+    b, slots = pixels.shape[:2]
+    if slots:
+      visual = self.encode_images(pixels.reshape(b * slots, *pixels.shape[2:]), rng)
+      visual = visual.reshape(b, slots * self.config.visual_tokens, -1)
+    else:
+      visual = jnp.zeros((b, 0, self.config.decoder.width), self.dtype)
+    x = self.place(batch["tokens"], batch["visual_index"], visual)
+    return self.decoder(x, batch["positions"], batch["segment_ids"])
+
+  def __call__(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
+    """Scores float32 [B, L, V] of the token after each position."""
+    return self.decoder.logits(self.hidden(batch, rng))

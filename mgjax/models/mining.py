@@ -1,0 +1,69 @@
+"""Patch info mining (paper section 3.2, R1.5): every low-resolution token attends to the window of
+the high-resolution map that it covers."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mgjax.models.layers import LayerNorm, new_dense, standardize
+from mgjax.sharding import constrain
+
+
+class NormedDense(nnx.Module):
+  """LayerNorm, then a linear layer."""
+
+  def __init__(self, d_in: int, d_out: int, eps: float, *, dtype, rngs: nnx.Rngs):
+    self.norm = LayerNorm(d_in, eps)
+    self.dense = new_dense(d_in, d_out, ("embed", None), dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [..., d_in] -> [..., d_out]
+    return self.dense(self.norm(x))
+
+
+class PatchInfoMining(nnx.Module):
+  """What each token gathers from its window, without ever forming keys and values.
+
+  The definition, for a query token x and the 64 candidates a_j of its window:
+
+      q = W_q LN(x) + c_q,  k_j = W_k LN(a_j) + c_k,  v_j = W_v LN(a_j) + c_v
+      mined = sum_j softmax_j(q . k_j / sqrt(D)) v_j
+
+  Matrix products are associative, so with n_j = LN(a_j) without scale g and shift b:
+
+      q . k_j = ((W_k^T q) * g_k) . n_j + (a term that does not depend on j: softmax drops it)
+      sum_j p_j v_j = W_v (g_v * sum_j p_j n_j + b_v) + c_v        since sum_j p_j = 1
+
+  Exact, with 56 times fewer FLOPs at 24x24 tokens, 64 candidates and 2880 channels.
+  """
+
+  EPS = 1e-5
+
+  def __init__(self, width: int, features: int, *, dtype, rngs: nnx.Rngs):
+    self.dtype = dtype
+    make = lambda d_in: NormedDense(d_in, width, self.EPS, dtype=dtype, rngs=rngs)
+    self.query, self.key, self.value = make(width), make(features), make(features)
+
+  def __call__(self, tokens: jax.Array, features: jax.Array) -> jax.Array:
+    """tokens [N, P*P, D] of square images, features [N, P*w, P*w, C] -> mined [N, P*P, D]."""
+    n, count, width = tokens.shape
+    side = round(count**0.5)
+    window = features.shape[1] // side
+    if side * side != count or features.shape[1:3] != (side * window,) * 2:
+      raise ValueError(f"mining: {count} tokens need a square map whose side is a multiple of "
+                       f"{side}, got {features.shape[1]}x{features.shape[2]}")
+    q = self.query(tokens)  # [N, T, D]
+    q = jnp.einsum("ntd,cd->ntc", q, self.key.dense.kernel[...].astype(q.dtype))
+    q = q * (self.key.norm.scale[...] * width**-0.5).astype(q.dtype)
+
+    candidates = standardize(features, self.EPS).astype(self.dtype)
+    candidates = candidates.reshape(n, side, window, side, window, -1)  # [N, P, w, P, w, C]
+    q = q.reshape(n, side, side, -1)
+    # Elementwise, then reduced: one pass over the map as it lies, no transposed copy of it.
+    logits = jnp.sum(candidates * q[:, :, None, :, None, :], axis=-1, dtype=jnp.float32)
+    p = jax.nn.softmax(logits, axis=(2, 4))  # over the window: [N, P, w, P, w]
+    pooled = jnp.sum(candidates * p[..., None].astype(self.dtype), axis=(2, 4))  # [N, P, P, C]
+    pooled = pooled.reshape(n, count, -1)
+    pooled = pooled * self.value.norm.scale[...] + self.value.norm.bias[...]
+    mined = self.value.dense(pooled.astype(self.dtype))
+    return constrain(mined, "batch", "seq", "act_embed")

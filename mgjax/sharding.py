@@ -1,0 +1,114 @@
+"""Where arrays live: one mesh, one table from logical axis names to mesh axes, for weights and
+activations alike."""
+from __future__ import annotations
+
+import contextlib
+import math
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor", "expert")
+
+# Logical name -> mesh axes.  Weights shard their model axis over fsdp, activations their batch.
+RULES = {
+    # weights
+    "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor", "layers": None,
+    "channels": "fsdp", "taps": None, "norm": None,
+    # activations
+    "batch": ("data", "fsdp"), "seq": None, "act_embed": None, "act_mlp": "tensor",
+    "act_heads": "tensor", "act_vocab": "tensor", "space": None,
+}
+
+
+def make_mesh(shape: dict[str, int] | tuple[int, ...] = (1, 1, 1, 1), devices=None) -> Mesh:
+  """Mesh with axes AXES.  One entry may be -1: it takes what the other axes leave.
+
+  Raises ValueError if the axes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = tuple(shape.get(a, 1) for a in AXES) if isinstance(shape, dict) else tuple(shape)
+  known = math.prod(s for s in sizes if s != -1)
+  if sizes.count(-1) == 1 and known and len(devices) % known == 0:
+    sizes = tuple(len(devices) // known if s == -1 else s for s in sizes)
+  if math.prod(sizes) != len(devices) or min(sizes) < 1:
+    asked = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes))
+    raise ValueError(
+        f"mesh: {asked} does not cover the {len(devices)} devices present; the sizes must multiply "
+        f"to {len(devices)} (one of them may be -1, e.g. --config.mesh.fsdp=-1)")
+  # Auto has to be asked for: under the default (Explicit) FSDP weights collide with FSDP batches.
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def mesh_context(mesh: Mesh):
+  """The one place that enters a mesh; modules are built and steps are traced inside it."""
+  with jax.set_mesh(mesh), nnx.logical_axis_rules(tuple(RULES.items())):
+    yield mesh
+
+
+def spec(*names: str | None) -> P:
+  """PartitionSpec of an array whose dimensions carry these logical names."""
+  return P(*(RULES[n] if n else None for n in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """`x` laid out by its logical dimension names."""
+  return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over the axes that carry the batch; other dimensions whole."""
+  return NamedSharding(mesh, spec("batch"))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """How many ways the rows of a batch are split."""
+  return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
+def shardings_of(tree, mesh: Mesh):
+  """NamedShardings of an abstract tree made by `nnx.eval_shape` inside the mesh.
+
+  A dimension that its mesh axes do not divide stays whole (a bias of 7 on 2 devices).
+  Raises ValueError if more than 2 % of the bytes that the mesh could shard stay unsharded.
+  """
+  def leaf(s):
+    parts = tuple(s.sharding.spec) if s.sharding is not None else ()
+    parts += (None,) * (len(s.shape) - len(parts))
+    kept = tuple(p if _divides(mesh, p, n) else None for p, n in zip(parts, s.shape))
+    return NamedSharding(mesh, P(*kept))
+
+  shardings = jax.tree.map(leaf, tree)
+  _refuse_unsharded(tree, shardings, mesh)
+  return shardings
+
+
+def _ways(mesh, axes) -> int:
+  axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+  return math.prod(mesh.shape[a] for a in axes)
+
+
+def _divides(mesh, axes, size) -> bool:
+  return size % _ways(mesh, axes) == 0
+
+
+def _refuse_unsharded(tree, shardings, mesh):
+  if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    return
+  total = whole = 0
+  worst = (0, "")
+  for (path, s), sharding in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(shardings)):
+    size = math.prod(s.shape) * s.dtype.itemsize
+    total += size
+    if all(_ways(mesh, p) == 1 for p in sharding.spec):
+      whole += size
+      worst = max(worst, (size, jax.tree_util.keystr(path, simple=True, separator="/")))
+  # Small models are mostly norms and biases; below 64 MiB nobody pays for a copy on every device.
+  if whole > 0.02 * total and whole > 64 * 2**20:
+    raise ValueError(
+        f"mesh {dict(mesh.shape)} leaves {whole / total:.0%} of the parameter bytes whole on every "
+        f"device (largest: {worst[1]}, {worst[0] / 2**20:.0f} MiB); choose fsdp and tensor sizes "
+        "that divide the model's width, heads and vocabulary")
