@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,14 +44,30 @@ def _forward(x, kernel):
 
 
 def _backward(saved, g):
-  # Autodiff of the sum would scatter into 49 padded buffers.  By hand: the input's gradient is the
-  # same sum with the kernel turned round, the kernel's is one reduction a tap.
+  # Autodiff of the sum would scatter into 49 padded buffers; the input's gradient is the same sum
+  # with the kernel turned round.
   x, kernel = saved
-  k, (h, w) = kernel.shape[0], x.shape[1:3]
-  padded = _pad(x, k)
-  taps = [[jnp.sum(padded[:, i:i + h, j:j + w] * g, axis=(0, 1, 2)) for j in range(k)]
-          for i in range(k)]
-  return shifted_sum(g, kernel[::-1, ::-1]), jnp.stack([jnp.stack(row) for row in taps])
+  return shifted_sum(g, kernel[::-1, ::-1]), _kernel_gradient(x, g, kernel.shape[0])
+
+
+def _kernel_gradient(x, g, k):
+  """dK[i, j, c] = sum over n, y, x of padded[n, y+i, x+j, c] * g[n, y, x, c], as matrix products.
+
+  XLA's CPU backend does not vectorise a reduction that keeps the innermost axis.  So a row offset
+  i at a time: products of all columns with all columns, of which the k diagonals are wanted.  That
+  is W/k times more multiplications, in a form that runs tens of times faster.
+  """
+  n, h, w, c = x.shape
+  rows = _pad(x, k).transpose(3, 0, 1, 2)  # [C, N, H+k-1, W+k-1]
+  g = g.transpose(3, 0, 1, 2).reshape(c, n * h, w)
+  # A tap j pairs column b of g with column b + j of the padded picture.
+  diagonals = np.stack([np.eye(w + k - 1, w, -j, dtype=np.float32) for j in range(k)])
+  offsets = []
+  for i in range(k):
+    band = rows[:, :, i:i + h].reshape(c, n * h, w + k - 1)
+    products = jnp.einsum("cma,cmb->cab", band, g, preferred_element_type=jnp.float32)
+    offsets.append(jnp.einsum("cab,jab->jc", products, diagonals))
+  return jnp.stack(offsets).astype(x.dtype)
 
 
 shifted_sum.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, loss, step, loop."""

@@ -1,0 +1,130 @@
+"""From what a config file says to frozen, checked data."""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mgjax.config import ModelConfig
+from mgjax.data.pipeline import DataConfig
+from mgjax.models.layers import REMAT_POLICIES
+from mgjax.train.optimizer import OptimizerConfig
+
+OBJECTIVES = ("language", "tags:vision", "tags:vision_hr")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one may be -1 (what the others leave)."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep; the last step is always saved."""
+
+  every: int = 1000
+  keep: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """One training run: a model, its data, and how it is trained."""
+
+  model: ModelConfig
+  data: DataConfig
+  tokenizer: str                      # folder with tokenizer.json or tokenizer.model
+  optimizer: OptimizerConfig = OptimizerConfig()
+  objective: str = "language"         # language | tags:vision | tags:vision_hr (tower pre-training)
+  steps: int | None = None            # None: `epochs` over the data
+  epochs: float = 1.0
+  accumulate: int = 1                 # micro-batches a step; data.batch_size counts all their rows
+  mesh: MeshConfig = MeshConfig()
+  remat: str = "nothing_saveable"
+  dtype: str = "bfloat16"             # of matrix products
+  frozen_dtype: str = "bfloat16"      # of parameters that do not train; trained ones are float32
+  drop_path: bool = True              # the HR tower's stochastic depth, frozen or not (R1.4)
+  seed: int = 0
+  init_from: tuple[tuple[str, str], ...] = ()  # (prefix of parameter paths, workdir of a run)
+  chat_template: str = ""             # what launch/chat.py uses; "" = data.template
+  chat_aspect: str = ""               # "" = data.aspect
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log_every: int = 1
+
+  def __post_init__(self):
+    for name, value, allowed in (
+        ("objective", self.objective, OBJECTIVES), ("remat", self.remat, REMAT_POLICIES),
+        ("dtype", self.dtype, ("bfloat16", "float32")),
+        ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
+      if value not in allowed:
+        raise ValueError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
+    if self.data.batch_size % self.accumulate:
+      raise ValueError(f"config.data.batch_size {self.data.batch_size} is not a multiple of "
+                       f"config.accumulate {self.accumulate}")
+    if self.objective == "language":
+      for name, value, expected in (
+          ("hr_size", self.data.hr_size, self.model.hr_size),
+          ("tokens_per_image", self.data.tokens_per_image, self.model.visual_tokens)):
+        if value != expected:
+          raise ValueError(f"config.data.{name} is {value}, but the model needs {expected}; leave "
+                           "it out, it follows config.model")
+
+
+def run_config(values: Mapping[str, Any]) -> RunConfig:
+  """A config file's dictionary as a RunConfig.
+
+  data.hr_size and data.tokens_per_image follow the model where they are left out.
+  Raises ValueError for a key that does not exist (naming the nearest), a missing key, a value of
+  the wrong type, or values that do not fit together.
+  """
+  values = dict(values)
+  model = build(ModelConfig, values.get("model", {}), "config.model")
+  data = dict(hr_size=model.hr_size, tokens_per_image=model.visual_tokens) | dict(
+      values.get("data", {}))
+  return build(RunConfig, values | {"model": model, "data": data}, "config")
+
+
+def build(cls, values: Any, where: str) -> Any:
+  """`values` (nested mappings and sequences) as the dataclass `cls`; errors name `where`."""
+  if isinstance(values, cls):
+    return values
+  if isinstance(values, tuple | list):  # a row of a table, by position
+    values = dict(zip((f.name for f in dataclasses.fields(cls)), values, strict=False))
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{where} is {values!r}; expected the fields of {cls.__name__}")
+  hints = typing.get_type_hints(cls)
+  for key in values:
+    if key not in hints:
+      near = difflib.get_close_matches(key, hints, 1)
+      hint = f"did you mean {where}.{near[0]}?  " if near else ""
+      raise ValueError(f"{where}.{key} does not exist; {hint}There are: {', '.join(hints)}")
+  missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
+             and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+  if missing:
+    raise ValueError(f"{where} needs {', '.join(missing)}")
+  return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _convert(hint, value, where):
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, where)
+  if dataclasses.is_dataclass(hint):
+    return build(hint, value, where)
+  if origin is tuple:
+    inner = [args[0]] * len(value) if args[1:] == (...,) else args
+    return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
+  if hint is float and isinstance(value, int):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
+  return value

@@ -1,0 +1,167 @@
+"""A run, told in order: data, mesh, state, compiled step, loop."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from mgjax import trees
+from mgjax.checkpoint import Checkpointer, write_run
+from mgjax.data.pipeline import Pipeline, make_pipeline
+from mgjax.data.tokenizer import load_tokenizer
+from mgjax.sharding import batch_sharding, batch_shards, make_mesh, mesh_context
+from mgjax.train import metrics as metrics_lib
+from mgjax.train.config import RunConfig
+from mgjax.train.optimizer import make_optimizer
+from mgjax.train.state import TrainState, abstract_state, init_state
+from mgjax.train.step import make_train_step
+
+
+class TrainingError(RuntimeError):
+  """The run cannot go on; the message says at which step, on what, and what to do."""
+
+
+def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int:
+  """Runs, or resumes, one training run in `workdir` and returns the step it stands at.
+
+  SIGTERM saves and returns early.  Raises TrainingError when the loss is no longer finite (before
+  the update), ValueError (DataError, CheckpointError) for what does not fit together.
+  """
+  workdir = Path(workdir).absolute()
+  tokenizer = load_tokenizer(config.tokenizer)
+  if tokenizer.vocab_size > config.model.decoder.vocab_size:
+    raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
+                     f"{config.model.decoder.vocab_size}; they belong to different models")
+  mesh = make_mesh(dataclasses.astuple(config.mesh))
+  check_batch(config, mesh)
+  data = make_pipeline(config.data, tokenizer, host=jax.process_index(),
+                       hosts=jax.process_count())
+  steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
+  checkpointer = Checkpointer(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
+  with mesh_context(mesh), stop_signal() as stop:
+    tx = make_optimizer(config.optimizer, steps)
+    graphdef, abstract = abstract_state(config, tx, mesh)
+    if checkpointer.latest is not None:
+      batches = iter(data)
+      state = TrainState(**checkpointer.restore(abstract.as_dict(), batches))
+      logging.info("%s: resuming %s at step %d", name, workdir, state.step)
+      metrics_lib.truncate_after(workdir / "metrics.jsonl", int(state.step))
+    else:
+      state, batches = init_state(config, tx, abstract), iter(data)
+    if jax.process_index() == 0:
+      write_run(workdir, dataclasses.asdict(config), config.tokenizer)
+      describe(config, abstract, data, steps)
+
+    compiled = compile_step(config, graphdef, tx, steps, abstract, data, mesh)
+    start = int(state.step)
+    log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps,
+                              enabled=jax.process_index() == 0)
+    try:
+      for step in range(start + 1, steps + 1):
+        batch = next(batches)
+        state, metrics = compiled(state, put(batch, mesh))
+        # Waiting here costs the device one dispatch; it buys that nothing follows a bad step.
+        metrics = jax.device_get(metrics)
+        if not metrics.pop("finite"):
+          raise TrainingError(explain_nonfinite(step, metrics, batch, data))
+        # Before the next batch is taken: the checkpoint holds the data's position after this one.
+        due = step == steps or stop.is_set()
+        checkpointer.save(step, state.as_dict(), batches, force=due)
+        log.write(step, metrics | skipped(batches), show=step % config.log_every == 0 or due,
+                  tokens=int((batch["segment_ids"] > 0).sum()) * jax.process_count(),
+                  images=images_in(batch, config) * jax.process_count())
+        if stop.is_set():
+          logging.warning("%s: stop signal; saved step %d of %d", name, step, steps)
+          return step
+    finally:
+      log.close()
+      batches.close()
+      checkpointer.close()
+  return steps
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+  """Raises ValueError if the rows of a micro-batch do not divide among the batch axes."""
+  rows, shards = config.data.batch_size // config.accumulate, batch_shards(mesh)
+  if rows % shards:
+    raise ValueError(
+        f"config.data.batch_size {config.data.batch_size} / accumulate {config.accumulate} = "
+        f"{rows} rows, which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; "
+        f"use a multiple of {shards * config.accumulate}")
+
+
+def compile_step(config, graphdef, tx, steps, abstract: TrainState, data: Pipeline, mesh: Mesh):
+  """The train step as an executable for just these shapes: it cannot recompile."""
+  c, rows = config.data, config.data.batch_size
+  shape = lambda dims, dtype: jax.ShapeDtypeStruct((rows, *dims), dtype,
+                                                   sharding=batch_sharding(mesh))
+  batch = {k: shape((c.max_length,), np.int32)
+           for k in ("tokens", "visual_index", "segment_ids", "positions", "targets")}
+  batch["loss_mask"] = shape((c.max_length,), np.bool_)
+  batch["images"] = shape((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)
+  shardings = jax.tree.map(lambda s: s.sharding, abstract)
+  step = make_train_step(config, graphdef, tx, steps)
+  # The shardings out are pinned: left free, small ones drift and the next step would not fit.
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+  return jitted.lower(abstract, batch).compile()
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's rows onto its devices; what only the host needs stays behind."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()
+          if k != "sample_index"}
+
+
+def images_in(batch, config: RunConfig) -> int:
+  """Pictures that this host's rows really hold (empty slots not counted)."""
+  slots = batch["visual_index"] // config.data.tokens_per_image
+  return int((slots.max(axis=1) + 1).sum())
+
+
+def skipped(batches) -> dict[str, int]:
+  """Samples dropped or cut so far, by kind."""
+  return {f"data/{kind}": count for kind, count in batches.counts.items() if count}
+
+
+def explain_nonfinite(step: int, metrics: dict, batch: dict, data: Pipeline) -> str:
+  """The message for a loss or gradient that is not finite."""
+  names = data.describe(batch["sample_index"])
+  return (f"step {step}: loss {float(metrics['loss'])}, gradient norm "
+          f"{float(metrics['grad_norm'])}: not finite, the update was not made.  Samples: "
+          f"{'; '.join(names[:16])}{' ...' if len(names) > 16 else ''}.  Lower the learning rate, "
+          "or look at these samples; the last checkpoint is from before this step")
+
+
+def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int) -> None:
+  """Logs what is about to run."""
+  count = lambda tree: sum(int(np.prod(s.shape)) for s in jax.tree.leaves(tree))
+  by_part: dict[str, int] = {}
+  for path, s in trees.flatten(abstract.params).items():
+    part = path.split("/")[0]
+    by_part[part] = by_part.get(part, 0) + int(np.prod(s.shape))
+  parts = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sorted(by_part.items()))
+  logging.info("training %s; frozen %.2f M; %d samples, %d steps of %d rows", parts,
+               count(abstract.frozen) / 1e6, len(data.report.kept), steps, config.data.batch_size)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Any:
+  """An event that SIGTERM sets, so that the loop can end between two steps."""
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, before)

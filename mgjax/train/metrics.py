@@ -1,0 +1,72 @@
+"""What a run says of itself: a progress line, metrics.jsonl, TensorBoard."""
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+
+class Metrics:
+  """Writes one record a step; meant for process 0 alone (`enabled`)."""
+
+  def __init__(self, workdir: Path, *, name: str, start: int, steps: int, enabled: bool):
+    self._enabled = enabled
+    self._last = time.perf_counter()
+    if not enabled:
+      return
+    self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
+                     smoothing=0.1)
+    self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
+    self._board = _tensorboard(workdir / "tensorboard")
+
+  def write(self, step: int, values: dict, *, tokens: int, images: int, show: bool) -> None:
+    """values: scalars of this step; tokens, images: how many of them it took in, over all hosts.
+
+    Adds tokens/s, images/s and step_time (seconds since the last step ended).
+    """
+    if not self._enabled:
+      return
+    now = time.perf_counter()
+    seconds, self._last = now - self._last, now
+    record = {k: float(np.asarray(v)) for k, v in values.items()}
+    record |= {"step_time": seconds, "tokens_per_s": tokens / seconds,
+               "images_per_s": images / seconds}
+    self._bar.update()
+    if not show:
+      return
+    self._file.write(json.dumps({"step": step} | record) + "\n")
+    if self._board is not None:
+      for key, value in record.items():
+        self._board.add_scalar(key, value, step)
+    self._bar.set_postfix_str(
+        f"loss {record['loss']:.4f}, lr {record['learning_rate']:.1e}, "
+        f"{record['tokens_per_s']:,.0f} tok/s, {record['images_per_s']:,.0f} img/s, "
+        f"{seconds:.2f} s/step")
+
+  def close(self) -> None:
+    """Flushes and ends the progress line."""
+    if self._enabled:
+      self._bar.close()
+      self._file.close()
+      if self._board is not None:
+        self._board.close()
+
+
+def _tensorboard(folder: Path):
+  """An event-file writer where tensorboardX is installed (extra `tensorboard`), else None."""
+  try:
+    from tensorboardX import SummaryWriter
+  except ImportError:
+    return None
+  return SummaryWriter(str(folder))
+
+
+def truncate_after(path: Path, step: int) -> None:
+  """Drops the records of steps that a resumed run will do again."""
+  if path.exists():
+    kept = [line for line in path.read_text().splitlines(True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))

@@ -1,0 +1,99 @@
+"""The state of a run: built abstractly first, then filled from random numbers and checkpoints."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgjax import trees
+from mgjax.checkpoint import CheckpointError, abstract_params, load_params, parameter_paths
+from mgjax.models.mini_gemini import MiniGemini
+from mgjax.models.tagger import Tagger
+from mgjax.train.config import RunConfig
+from mgjax.train.optimizer import check_table, split_frozen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  """step: updates done.  params train (float32), frozen do not; opt_state mirrors params."""
+
+  step: jax.Array
+  params: dict
+  frozen: dict
+  opt_state: Any
+
+  def as_dict(self) -> dict:
+    """For checkpoints."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def model_builder(config: RunConfig):
+  """() -> the nnx module that the objective trains."""
+  kwargs = dict(remat_policy=config.remat, dtype=jnp.dtype(config.dtype))
+  if config.objective == "language":
+    return lambda: MiniGemini(config.model, **kwargs, rngs=nnx.Rngs(config.seed))
+  tower = config.objective.partition(":")[2]
+  return lambda: Tagger(config.model, tower, **kwargs, rngs=nnx.Rngs(config.seed))
+
+
+def abstract_state(config: RunConfig, tx: optax.GradientTransformation,
+                   mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+  """Graph of the model and its TrainState as ShapeDtypeStructs on their shardings.
+
+  Call it inside the mesh.  Raises ValueError if the optimizer table does not fit the parameters.
+  """
+  graphdef, shapes = abstract_params(model_builder(config), mesh)
+  check_table(list(trees.flatten(shapes)), config.optimizer.table)
+  params, frozen = split_frozen(shapes, config.optimizer.table)
+  frozen = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype, sharding=s.sharding), frozen)
+  whole = NamedSharding(mesh, P())
+  opt_state = jax.eval_shape(tx.init, params)
+  opt_state = optax.tree.map_params(
+      tx, lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding), opt_state,
+      params, transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+  return graphdef, TrainState(step, params, frozen, opt_state)
+
+
+def init_state(config: RunConfig, tx: optax.GradientTransformation,
+               abstract: TrainState) -> TrainState:
+  """The state at step 0: parameters from `config.init_from` where it names them, else random.
+
+  What is loaded is never drawn first.  Raises CheckpointError for a prefix that names nothing.
+  """
+  wanted = trees.flatten(abstract.params) | trees.flatten(abstract.frozen)
+  loaded: dict[str, jax.Array] = {}
+  for prefix, source in config.init_from:
+    chosen = {k: v for k, v in wanted.items() if _starts(k, prefix) and k not in loaded}
+    if prefix == "":  # everything that the checkpoint has; what is new stays random
+      chosen = {k: v for k, v in chosen.items() if k in set(parameter_paths(source))}
+    if not chosen:
+      raise CheckpointError(f"init_from: {prefix!r} of {source} names no parameter that is still "
+                            "to be set")
+    loaded |= load_params(source, chosen)
+
+  drawn = {k: v for k, v in wanted.items() if k not in loaded}
+
+  def draw():
+    flat = trees.flatten(trees.pure(nnx.state(model_builder(config)())))
+    return {k: flat[k].astype(v.dtype) for k, v in drawn.items()}
+
+  flat = loaded | jax.jit(draw, out_shardings={k: v.sharding for k, v in drawn.items()})()
+  pick = lambda tree: trees.unflatten({k: flat[k] for k in trees.flatten(tree)})
+  params, frozen = pick(abstract.params), pick(abstract.frozen)
+  shardings = jax.tree.map(lambda s: s.sharding, abstract.opt_state)
+  opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+  step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+  return TrainState(step, params, frozen, opt_state)
+
+
+def _starts(path: str, prefix: str) -> bool:
+  return prefix == "" or path == prefix or path.startswith(prefix + "/")

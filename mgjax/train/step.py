@@ -1,0 +1,75 @@
+"""One update, as a pure function of state and batch."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mgjax import trees
+from mgjax.models.tagger import Tagger
+from mgjax.train.config import RunConfig
+from mgjax.train.loss import tag_loss, token_loss
+from mgjax.train.optimizer import make_schedule, mask_layers
+from mgjax.train.state import TrainState
+
+
+def batch_loss(model: nnx.Module, batch: dict, rng: jax.Array | None):
+  """Summed loss and number of its terms, by what the model is."""
+  outputs = model(batch, rng)
+  loss = tag_loss if isinstance(model, Tagger) else token_loss
+  return loss(outputs, batch["targets"], batch["loss_mask"])
+
+
+def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
+                    steps: int) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+  """(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+  The batch [accumulate*B, ...] is cut into micro-batches; their gradients of the *summed* loss
+  are added and divided by the total number of terms last, so the result is the exact mean however
+  the batch is cut.  If loss or gradients are not finite, the state comes back unchanged.
+  """
+  schedule = make_schedule(config.optimizer, steps)
+  seed = jax.random.key(config.seed)
+
+  def micro_batches(x):  # row r goes to micro-batch r mod A, so that every device keeps its rows
+    return jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)
+
+  def gradients(params, frozen, batch, rng):
+    def loss_fn(params):
+      model = nnx.merge(graphdef, trees.merge(params, frozen))
+      loss, terms = batch_loss(model, batch, rng)
+      return loss, terms
+    (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return loss, terms, grads
+
+  def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    rng = jax.random.fold_in(seed, state.step) if config.drop_path else None
+    if config.accumulate == 1:
+      loss, terms, grads = gradients(state.params, state.frozen, batch, rng)
+    else:
+      def body(total, scanned):
+        i, micro = scanned
+        key = None if rng is None else jax.random.fold_in(rng, i)
+        new = gradients(state.params, state.frozen, micro, key)
+        return jax.tree.map(jnp.add, total, new), None
+      zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+      scanned = jnp.arange(config.accumulate), jax.tree.map(micro_batches, batch)
+      (loss, terms, grads), _ = jax.lax.scan(body, zero, scanned)
+    terms = jnp.maximum(terms, 1)
+    loss = loss / terms
+    grads = mask_layers(jax.tree.map(lambda g: g / terms, grads), config.optimizer.table)
+    norm = optax.tree.norm(grads)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = TrainState(state.step + 1, params, state.frozen, opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step),
+               "terms": terms, "finite": finite}
+    return new, metrics
+
+  return step
