@@ -82,17 +82,19 @@ class MiniGemini(nnx.Module):
     picked = jnp.take_along_axis(visual, jnp.maximum(visual_index, 0)[..., None], axis=1)
     return jnp.where((visual_index >= 0)[..., None], picked.astype(text.dtype), text)
 
-  def hidden(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
-    """Final hidden states [B, L, D] of a batch (tokens, visual_index, positions, segment_ids,
-    images [B, S, H, H, 3]); S = 0 is a batch of text."""
+  def visual_tokens(self, batch: dict[str, jax.Array], rng=None) -> jax.Array:
+    """The visual tokens of every row, [B, S*T, D], from batch["images"] uint8 [B, S, H, H, 3]."""
     pixels = batch["images"]
     b, slots = pixels.shape[:2]
-    if slots:
-      visual = self.encode_images(pixels.reshape(b * slots, *pixels.shape[2:]), rng)
-      visual = visual.reshape(b, slots * self.config.visual_tokens, -1)
-    else:
-      visual = jnp.zeros((b, 0, self.config.decoder.width), self.dtype)
-    x = self.place(batch["tokens"], batch["visual_index"], visual)
+    if slots == 0:
+      return jnp.zeros((b, 0, self.config.decoder.width), self.dtype)
+    visual = self.encode_images(pixels.reshape(b * slots, *pixels.shape[2:]), rng)
+    return visual.reshape(b, slots * self.config.visual_tokens, -1)
+
+  def hidden(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
+    """Final hidden states [B, L, D] of a batch (tokens, visual_index, positions, segment_ids,
+    images); S = 0 image slots is a batch of text.  rng: drop path, or None."""
+    x = self.place(batch["tokens"], batch["visual_index"], self.visual_tokens(batch, rng))
     return self.decoder(x, batch["positions"], batch["segment_ids"])
 
   def __call__(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:

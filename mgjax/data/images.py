@@ -1,0 +1,139 @@
+"""Pictures: found, checked and opened safely, and brought to the one square the device gets."""
+from __future__ import annotations
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+PAD_COLOUR = (122, 116, 104)  # int(mean * 255) of CLIP
+MAX_PIXELS = 89_478_485       # Pillow's own warning level: 256 MiB of RGB
+MAX_SIDE = 32_768
+ASPECTS = ("pad", "square")
+# Formats that Pillow reads by itself: none of them starts another program.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+
+
+class ImageError(Exception):
+  """A picture that cannot be used: `kind` is missing_image, broken_image or path_escape."""
+
+  def __init__(self, kind: str, message: str):
+    super().__init__(kind, message)
+    self.kind, self.message = kind, message
+
+  def __str__(self) -> str:
+    return self.message
+
+
+def resolve_image(root: str | os.PathLike, relative: str) -> pathlib.Path:
+  """The file that a sample's `image` means, always below `root`.
+
+  Absolute paths, `..` and links that lead out of `root` are refused.  Two habits of the released
+  data are followed (R3.1): a missing OCR picture is looked for as .png, and both Visual Genome
+  folders are one folder `images`.  Raises ImageError (path_escape, missing_image).
+  """
+  if "ocr" in relative:
+    if not os.path.exists(os.path.join(root, relative)):
+      relative = relative.replace(".jpg", ".png")
+  elif "VG_100K" in relative:
+    relative = relative.replace("VG_100K_2", "images").replace("VG_100K", "images")
+  parts = pathlib.PurePath(relative)
+  if not relative or parts.is_absolute() or ".." in parts.parts or "\0" in relative:
+    raise ImageError("path_escape", f"image path {relative!r} is not a plain path below the image "
+                                    "folder; write it relative to the folder, without '..'")
+  base = os.path.realpath(root)
+  path = os.path.realpath(os.path.join(base, relative))
+  if os.path.commonpath((base, path)) != base:
+    raise ImageError("path_escape", f"image {relative!r} leads out of the image folder {base} (to "
+                                    f"{path}); copy the file into the folder")
+  if not os.path.isfile(path):
+    raise ImageError("missing_image", f"image {relative!r} is not in {base}")
+  return pathlib.Path(path)
+
+
+def check_header(path: str | os.PathLike, aspect: str = "pad", size: int = 0) -> tuple[int, int]:
+  """(width, height) read from the header alone.
+
+  Raises ImageError (broken_image) for an empty file, for what is no picture, and for sizes that
+  would not fit in memory once decoded.
+  """
+  with _open(path, aspect, size) as image:
+    return image.size
+
+
+def load_image(path: str | os.PathLike, size: int, aspect: str) -> np.ndarray:
+  """The picture at `path` as uint8 [size, size, 3]: see `square_pixels`.
+
+  Raises ImageError (broken_image) naming the file and the reason.
+  """
+  with _open(path, aspect, size) as image:
+    try:
+      return square_pixels(image, size, aspect)
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError,
+            IndexError, TypeError) as error:  # Pillow's decoders raise all of these on bad bytes
+      raise ImageError("broken_image", f"{path}: cannot be decoded ({error}); fetch the file again "
+                                       "or remove the sample") from error
+
+
+def _open(path, aspect, size) -> Image.Image:
+  try:
+    if not os.path.getsize(path):
+      raise ImageError("broken_image", f"{path}: the file is empty; fetch it again")
+    image = Image.open(path, formats=FORMATS)
+  except FileNotFoundError as error:
+    raise ImageError("missing_image", f"{path}: no such file") from error
+  except Image.UnidentifiedImageError as error:
+    raise ImageError("broken_image", f"{path}: not a picture that can be read; expected one of "
+                                     f"{', '.join(FORMATS)}") from error
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+          Image.DecompressionBombWarning) as error:
+    raise ImageError("broken_image", f"{path}: cannot be opened ({error})") from error
+  width, height = image.size
+  resized = size * size * max(width, height) // min(width, height) if aspect == "square" else 0
+  if max(width * height, resized) > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    image.close()
+    then = f" ({resized:,} resized to cover a square; aspect 'pad' needs less)" if resized else ""
+    raise ImageError(
+        "broken_image", f"{path}: {width} x {height} pixels{then}; at most {MAX_PIXELS:,} pixels "
+                        f"and {MAX_SIDE:,} a side are decoded; shrink the file")
+  return image
+
+
+def square_pixels(image: Image.Image, size: int, aspect: str) -> np.ndarray:
+  """A picture as uint8 [size, size, 3], as the original brings it to high resolution (R3.1).
+
+  Alpha is dropped, not blended, and EXIF rotation is not applied.  'pad' centres the picture on a
+  square of the mean colour; 'square' makes the shorter side `size` and cuts the middle out.
+  Resizing is Pillow's bicubic on 8-bit values.
+  """
+  if aspect not in ASPECTS:
+    raise ValueError(f"aspect is {aspect!r}, expected one of {', '.join(ASPECTS)}")
+  image = image.convert("RGB")
+  width, height = image.size
+  if aspect == "pad":
+    return _pad_and_resize(image, size)
+  short, long = size, int(size * max(width, height) / min(width, height))
+  new = (short, long) if width <= height else (long, short)
+  image = image.resize(new, Image.Resampling.BICUBIC)
+  left, top = (new[0] - size) // 2, (new[1] - size) // 2
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _pad_and_resize(image: Image.Image, size: int) -> np.ndarray:
+  # Pillow resizes rows first, columns after.  Rows of padding stay what they are, so that a wide
+  # picture is padded between the two passes: same bits, and neither memory nor time for the bars.
+  width, height = image.size
+  if width >= height:
+    image = image.resize((size, height), Image.Resampling.BICUBIC)  # columns untouched
+    canvas = Image.new("RGB", (size, width), PAD_COLOUR)
+    canvas.paste(image, (0, (width - height) // 2))
+  else:
+    canvas = Image.new("RGB", (size, height))
+    strip = max(1, MAX_PIXELS // (16 * height))  # rows at a time, so that the bars stay small
+    for top in range(0, height, strip):
+      rows = min(strip, height - top)
+      bars = Image.new("RGB", (height, rows), PAD_COLOUR)
+      bars.paste(image.crop((0, top, width, top + rows)), ((height - width) // 2, 0))
+      canvas.paste(bars.resize((size, rows), Image.Resampling.BICUBIC), (0, top))
+  return np.asarray(canvas.resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,1 @@
+"""The demo's miniature world: real photographs with small signs, as LLaVA data, and its report."""

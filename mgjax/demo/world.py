@@ -1,0 +1,213 @@
+"""What can be in a scene, what can be asked about it, and how a scene is written as text.
+
+A scene is a photograph of `hr` x `hr` pixels under a `grid` x `grid` raster. Each cell of the
+raster is the high-resolution window of one visual token, and holds at most one sign: a coloured
+plate with one character. Nothing here touches pixels; see `render.py`.
+
+Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
+
+  as_words  -> "- - red7 - - blue3 - - - - - - - - - -"     one word for one visual token
+  caption   -> "red 7 blue 3"
+  questions -> read_one "what does the red sign say?" "7", read_all "read the signs." "7 3", ...
+"""
+
+import dataclasses
+
+import numpy as np
+
+EMPTY = "-"  # the word of a cell without a sign
+NOTHING = "nothing"  # the caption of a crop without a sign
+
+# name: (plate RGB, ink RGB). Far apart, so that colour alone is easy at low resolution.
+PALETTE = {
+  "red": ((205, 28, 36), (250, 250, 250)),
+  "blue": ((28, 66, 200), (250, 250, 250)),
+  "green": ((16, 140, 56), (250, 250, 250)),
+  "yellow": ((245, 205, 30), (15, 15, 15)),
+  "white": ((245, 245, 240), (15, 15, 15)),
+  "black": ((22, 22, 26), (250, 250, 250)),
+}
+
+PHRASES = {
+  "read_one": (
+    "what does the {colour} sign say?",
+    "read the {colour} sign.",
+    "what is written on the {colour} sign?",
+  ),
+  "read_all": ("read the signs.", "what do the signs say?", "read all signs in order."),
+  "which_colour": ("which sign says {char}?", "what colour is the sign with {char}?"),
+  "count": ("how many signs are there?", "count the signs."),
+  "exists": ("is there a {colour} sign?", "can you see a {colour} sign?"),
+  "where": ("where is the {colour} sign?", "in which corner is the {colour} sign?"),
+  "colours": ("what colours are the signs?", "name the colours of the signs."),
+}
+READING = ("read_one", "read_all", "which_colour")  # kinds that need the high-resolution view
+CONTROL = ("count", "exists", "where", "colours")  # kinds that the low-resolution view can answer
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """The parameters of the miniature world. `seed` decides everything random in it."""
+
+  colours: tuple[str, ...] = tuple(PALETTE)
+  characters: str = "0123456789"
+  glyph: float = 7.0  # height of a character in high-resolution pixels
+  noise: float = 8.0  # standard deviation of the sensor noise, of 255
+  grid: int = 4
+  hr: int = 128
+  lr: int = 56
+  max_signs: int = 4
+  held_out: float = 0.12  # share of (colour, character) pairs that no training image shows
+  seed: int = 0
+
+  def __post_init__(self):
+    unknown = sorted(set(self.colours) - set(PALETTE))
+    if unknown:
+      raise ValueError(f"colours: {unknown} unknown; known are {sorted(PALETTE)}")
+    for name in ("colours", "characters"):
+      value = getattr(self, name)
+      if len(value) < 2 or len(set(value)) != len(value):
+        raise ValueError(f"{name}: {value!r}, expected at least two and none twice")
+    # With one sign or one character, "which sign says 7?" would need no reading.
+    if not 2 <= self.max_signs <= min(len(self.colours), self.grid**2):
+      raise ValueError(
+        f"max_signs: {self.max_signs}, expected 2..{min(len(self.colours), self.grid**2)}, since "
+        "the signs of a scene differ in colour and cell; use fewer signs or more colours"
+      )
+    for name in ("hr", "lr"):
+      if getattr(self, name) % self.grid:
+        raise ValueError(f"{name}: {getattr(self, name)} is not a multiple of grid {self.grid}")
+    if not 4 <= self.glyph <= 0.4 * self.cell:
+      raise ValueError(
+        f"glyph: {self.glyph}, expected 4..{0.4 * self.cell:g}, so that a plate fits in a cell of "
+        f"{self.cell} pixels; change glyph, or hr / grid"
+      )
+    if not 0 <= self.noise <= 64:
+      raise ValueError(f"noise: {self.noise}, expected 0..64 of 255")
+    if not 0 <= self.held_out <= 0.3:
+      raise ValueError(f"held_out: {self.held_out}, expected a share in 0..0.3")
+
+  @property
+  def cell(self) -> int:
+    """Side of a cell in high-resolution pixels."""
+    return self.hr // self.grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+  """One sign: its cell in row-major order, plate colour and character."""
+
+  cell: int
+  colour: str
+  char: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question with its answer. `about` is the sign asked about, if it is one."""
+
+  kind: str
+  text: str
+  answer: str
+  about: Sign | None = None
+
+
+def all_pairs(world: World) -> list[tuple[str, str]]:
+  """Every (colour, character)."""
+  return [(colour, char) for colour in world.colours for char in world.characters]
+
+
+def held_out_pairs(world: World) -> list[tuple[str, str]]:
+  """The pairs that only held-out images show; spread over colours and characters.
+
+  They lie on wrapped diagonals of the colour x character table, so that every colour and every
+  character is still seen in training with many partners.
+  """
+  rng = np.random.default_rng([world.seed, 1])
+  colours = rng.permutation(list(world.colours))
+  chars = rng.permutation(list(world.characters))
+  C, K = len(colours), len(chars)
+  n = round(world.held_out * C * K)
+  diagonals = [(i % C, (i + d) % K) for d in range(K) for i in range(max(C, K))]
+  cells = list(dict.fromkeys(diagonals))[:n]
+  return sorted((str(colours[c]), str(chars[k])) for c, k in cells)
+
+
+def sample_scene(world: World, rng, pairs, include=None) -> tuple[Sign, ...]:
+  """1..max_signs signs in reading order, colours and cells distinct, each pair from `pairs`.
+
+  With `include` = (colour, char), one of the signs is that pair.
+  """
+  n = int(rng.integers(1, world.max_signs + 1))
+  first = include or pairs[rng.integers(len(pairs))]
+  others = [c for c in world.colours if c != first[0]]
+  chosen = [first]
+  for colour in rng.permutation(others)[: n - 1]:
+    chars = [char for c, char in pairs if c == colour]
+    if chars:  # few colours and a large held-out share may leave a colour without characters
+      chosen.append((str(colour), chars[rng.integers(len(chars))]))
+  cells = rng.permutation(world.grid**2)[: len(chosen)]
+  signs = [Sign(int(cell), colour, char) for cell, (colour, char) in zip(cells, chosen)]
+  return tuple(sorted(signs, key=lambda s: s.cell))
+
+
+def as_words(world: World, signs) -> str:
+  """The scene as grid*grid words, one for each visual token, in its order."""
+  words = [EMPTY] * world.grid**2
+  for s in signs:
+    words[s.cell] = s.colour + s.char
+  return " ".join(words)
+
+
+def caption(signs) -> str:
+  """Every sign's colour and character in reading order: "red 7 blue 3"."""
+  return " ".join(f"{s.colour} {s.char}" for s in signs) or NOTHING
+
+
+def corner(world: World, cell: int) -> str:
+  """The quadrant of a cell: "top left", ..."""
+  row, column = divmod(cell, world.grid)
+  vertical = "top" if row < world.grid / 2 else "bottom"
+  return f"{vertical} {'left' if column < world.grid / 2 else 'right'}"
+
+
+def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Question | None:
+  """One question of `kind`, or None where it has no unique answer. `about` fixes the sign."""
+  sign = about or signs[rng.integers(len(signs))]
+  phrase = PHRASES[kind][rng.integers(len(PHRASES[kind]))]
+  if kind == "read_one":
+    return Question(kind, phrase.format(colour=sign.colour), sign.char, sign)
+  if kind == "read_all":
+    return Question(kind, phrase, " ".join(s.char for s in signs))
+  if kind == "which_colour":
+    # Of a single sign, the colour could be told without reading.
+    if len(signs) == 1 or sum(s.char == sign.char for s in signs) > 1:
+      return None
+    return Question(kind, phrase.format(char=sign.char), sign.colour, sign)
+  if kind == "count":
+    return Question(kind, phrase, str(len(signs)))
+  if kind == "exists":
+    present = {s.colour for s in signs}
+    absent = [c for c in world.colours if c not in present]
+    if absent and rng.random() < 0.5:  # so that yes and no are equally frequent
+      return Question(kind, phrase.format(colour=absent[rng.integers(len(absent))]), "no")
+    return Question(kind, phrase.format(colour=sign.colour), "yes", sign)
+  if kind == "where":
+    return Question(kind, phrase.format(colour=sign.colour), corner(world, sign.cell), sign)
+  if kind == "colours":
+    return Question(kind, phrase, " ".join(s.colour for s in signs))
+  raise ValueError(f"kind: {kind!r} unknown; known are {sorted(PHRASES)}")
+
+
+def ask_several(world: World, rng, signs, n: int) -> list[Question]:
+  """`n` different questions in random order, two thirds of them about reading."""
+  questions, seen = [], set()
+  while len(questions) < n:
+    kinds = READING if rng.random() < 2 / 3 else CONTROL
+    question = ask(world, rng, signs, kinds[rng.integers(len(kinds))])
+    # A question may not return in other words either: its answer would stand in the context.
+    key = question and (question.kind, question.about)
+    if question and key not in seen:
+      seen.add(key)
+      questions.append(question)
+  return questions

@@ -1,0 +1,203 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from records import good, talk
+
+from mgjax.data.images import load_image
+from mgjax.data.pipeline import DataConfig, make_pipeline
+from mgjax.data.sources import DataError
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def assert_same(a, b):
+  for x, y in zip(a, b, strict=True):
+    assert x.keys() == y.keys()
+    for key in x:
+      np.testing.assert_array_equal(x[key], y[key])
+
+
+def order(batches):
+  return np.concatenate([b["sample_index"] for b in batches]).tolist()
+
+
+def test_layout(dataset, llama):
+  records = good(5)
+  records[1] |= {"image": ["1.png", "2.png"], "conversations": talk("<image> <image>\nWhich?", "B")}
+  config = dataset(records, images_per_row=2, batch_size=5, shuffle=False)
+  pipeline = make_pipeline(config, llama)
+  batch = next(iter(pipeline))
+  shapes = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
+  row = ((5, 160), "int32")
+  assert shapes == {"tokens": row, "visual_index": row, "segment_ids": row, "positions": row,
+                    "targets": row, "loss_mask": ((5, 160), "bool"),
+                    "sample_index": ((5,), "int32"), "images": ((5, 2, 32, 32, 3), "uint8")}
+  assert batch["sample_index"].tolist() == [0, 1, 2, 3, 4]
+  for slot in (0, 1):
+    np.testing.assert_array_equal(batch["images"][1, slot],
+                                  load_image(dataset.images / f"{slot + 1}.png", 32, "pad"))
+  assert not batch["images"][0].any() and not batch["images"][2, 1].any()
+  seen = batch["visual_index"][1]
+  assert seen[seen >= 0].tolist() == list(range(8)) and (batch["visual_index"][0] == -1).all()
+  length = batch["segment_ids"].sum(axis=1)
+  for b, n in enumerate(length):
+    assert batch["positions"][b].tolist() == [*range(n), *[0] * (160 - n)]
+    assert not batch["loss_mask"][b, n - 1:].any() and batch["loss_mask"][b].any()
+    np.testing.assert_array_equal(batch["tokens"][b, 1:n][batch["visual_index"][b, 1:n] < 0],
+                                  batch["targets"][b, :n - 1][batch["visual_index"][b, 1:n] < 0])
+    learned = batch["targets"][b][batch["loss_mask"][b]]
+    assert llama.decode(learned) == records[b]["conversations"][-1]["value"]
+  assert pipeline.describe([3]) == [f"{config.path} #3 (id s3)"]
+  assert pipeline.steps_per_epoch == 1
+
+
+def test_text_only_run_has_no_slots(dataset, llama):
+  records = [r for r in good(9) if "image" not in r]
+  batch = next(iter(make_pipeline(dataset(records, images_per_row=0), llama)))
+  assert batch["images"].shape == (2, 0, 32, 32, 3)
+
+
+def test_every_sample_once_an_epoch_in_an_order_of_the_seed(dataset, llama):
+  make = lambda **changes: iter(make_pipeline(dataset(good(10), **changes), llama))  # noqa: E731
+  first = order(take(make(), 10))
+  assert sorted(first[:10]) == sorted(first[10:]) == list(range(10))
+  assert first[:10] != first[10:] and first[:10] != list(range(10))
+  assert first == order(take(make(), 10))
+  assert first != order(take(make(seed=1), 10))
+  assert order(take(make(shuffle=False), 10)) == list(range(10)) * 2
+
+
+def test_resume_is_exact(dataset, llama):
+  pipeline = make_pipeline(dataset(good(10), batch_size=3), llama)
+  straight = take(iter(pipeline), 8)
+  for stop in (0, 3, 5):
+    iterator = iter(pipeline)
+    take(iterator, stop)
+    state = json.loads(json.dumps(iterator.get_state()))
+    take(iterator, 2)  # what is read past the checkpoint is read again
+    fresh = iter(make_pipeline(pipeline.config, llama))
+    for again in (iterator, fresh):
+      again.set_state(state)
+      assert_same(take(again, 8 - stop), straight[stop:])
+
+
+def test_resume_through_orbax(dataset, llama, tmp_path):
+  ocp = pytest.importorskip("orbax.checkpoint").v1
+  pipeline = make_pipeline(dataset(good(10)), llama)
+  iterator = iter(pipeline)
+  take(iterator, 3)
+  ocp.save_checkpointables(tmp_path / "checkpoint", dict(data=iterator))
+  rest = take(iterator, 3)
+  fresh = iter(pipeline)
+  ocp.load_checkpointables(tmp_path / "checkpoint", dict(data=fresh))
+  assert_same(take(fresh, 3), rest)
+
+
+def test_hosts_share_each_batch(dataset, llama):
+  config = dataset(good(10), batch_size=4)
+  whole = take(iter(make_pipeline(config, llama)), 6)
+  parts = [take(iter(make_pipeline(config, llama, host=h, hosts=2)), 6) for h in (0, 1)]
+  for k, batch in enumerate(whole):
+    for h in (0, 1):
+      np.testing.assert_array_equal(batch["tokens"][h::2], parts[h][k]["tokens"])
+  # a checkpoint of two hosts goes on with one
+  two = iter(make_pipeline(config, llama, host=1, hosts=2))
+  take(two, 2)
+  one = iter(make_pipeline(config, llama))
+  one.set_state(two.get_state())
+  assert_same(take(one, 4), whole[2:])
+  again = iter(make_pipeline(config, llama, host=1, hosts=2))
+  again.set_state(two.get_state())
+  assert_same(take(again, 4), parts[1][2:])
+  with pytest.raises(ValueError, match="batch_size 4 does not divide among 3 hosts"):
+    make_pipeline(config, llama, hosts=3)
+  with pytest.raises(ValueError, match="host 2 is outside 0..1"):
+    make_pipeline(config, llama, host=2, hosts=2)
+
+
+def late_failures(dataset, n=12):
+  """Two images whose header is fine and whose pixels are not."""
+  whole = (dataset.images / "1.png").read_bytes()
+  (dataset.images / "cut.png").write_bytes(whole[:len(whole) // 2])
+  records = good(n)
+  for i in (4, 8):
+    records[i]["image"] = "cut.png"
+  return records
+
+
+def test_stop_names_the_file_that_fails_late(dataset, llama):
+  config = dataset(late_failures(dataset), shuffle=False)
+  iterator = iter(make_pipeline(config, llama))
+  take(iterator, 2)
+  with pytest.raises(DataError, match=r"#4 \(id s4\): broken_image: .*cut.png.*\n.*'skip'"):
+    next(iterator)
+
+
+def test_skip_drops_late_failures_and_keeps_batches_full(dataset, llama):
+  pipeline = make_pipeline(dataset(late_failures(dataset), shuffle=False, on_error="skip"), llama)
+  iterator = iter(pipeline)
+  batches = take(iterator, 8)
+  assert order(batches) == ([0, 1, 2, 3, 5, 6, 7, 9, 10, 11] * 2)[:16]
+  assert iterator.counts["broken_image"] == 3
+  again = iter(pipeline)
+  take(again, 2)
+  other = iter(pipeline)
+  other.set_state(again.get_state())
+  assert_same(take(other, 6), batches[2:])
+  assert other.counts == iterator.counts
+
+
+def test_a_set_without_any_good_image_ends(dataset, llama):
+  records = [r | {"image": "cut.png"} for r in late_failures(dataset) if "image" in r]
+  iterator = iter(make_pipeline(dataset(records, on_error="skip"), llama))
+  with pytest.raises(DataError, match="broken_image"):
+    next(iterator)
+
+
+def test_workers_change_nothing(dataset, llama):
+  """With dropped samples too, through a change of the number of workers, and back to a message."""
+  config = dataset(late_failures(dataset), on_error="skip")
+  expected = take(iter(make_pipeline(config, llama)), 6)
+  two = iter(make_pipeline(dataclasses.replace(config, workers=2), llama))
+  try:
+    assert_same(take(two, 3), expected[:3])
+    one = iter(make_pipeline(config, llama))
+    one.set_state(two.get_state())
+    assert_same(take(one, 3), expected[3:])
+  finally:
+    two.close()
+  strict = iter(make_pipeline(dataclasses.replace(config, workers=1, on_error="stop"), llama))
+  try:
+    with pytest.raises(DataError, match="broken_image: .*cut.png"):
+      take(strict, 12)
+  finally:
+    strict.close()
+
+
+def test_the_originals_collated_batch(golden, llama):
+  """The first three items of the golden run, with pixels, against what its collator made."""
+  run = golden / "trainer_llama"
+  config = DataConfig(str(run / "data.json"), str(golden / "preprocess/images"), "v1",
+                      max_length=175, hr_size=128, tokens_per_image=16, batch_size=3, shuffle=False)
+  batch = next(iter(make_pipeline(config, llama)))
+  items = json.loads((run / "golden.json").read_text())["items"]
+  for b, item in enumerate(items[:3]):
+    mask = batch["segment_ids"][b].astype(bool)
+    text = batch["tokens"][b][mask & (batch["visual_index"][b] < 0)]
+    assert text.tolist() == [i for i in item["input_ids"] if i != -200]
+    learned = batch["targets"][b][batch["loss_mask"][b]]
+    assert learned.tolist() == [i for i in item["labels"] if i != -100]
+  assert (batch["visual_index"] >= 0).sum(axis=1).tolist() == [16, 0, 16]
+
+
+def test_config_refuses_what_it_does_not_know():
+  with pytest.raises(ValueError, match="on_error is 'ignore', expected one of stop, skip"):
+    DataConfig("a.json", on_error="ignore")
+  with pytest.raises(ValueError, match="aspect is 'crop'"):
+    DataConfig("a.json", aspect="crop")
+  with pytest.raises(ValueError, match="images_per_row is -1"):
+    DataConfig("a.json", images_per_row=-1)
