@@ -5,8 +5,7 @@
   tokenizer/       tokenizer.json, tokenizer_config.json
   crops.json       one cell, one sign; pre-trains the high-resolution tower     (template plain)
   text.json        scenes as words, with questions; pre-trains the decoder      (chatml_direct)
-  text_plain.json  scenes as words, with captions; pre-trains the decoder       (plain)
-  captions.json    scenes with a dense caption, stage 1                         (plain)
+  captions.json    scenes with a dense caption; CLIP tower and stage 1          (chatml_direct)
   instruct.json    scenes with 2 or 3 questions, stage 2                        (chatml_direct)
   heldout.json     other photographs, unseen (colour, character) pairs, a question each, `kind`
   done.json        the parameters; written last
@@ -34,7 +33,6 @@ from .world import (
   as_words,
   ask,
   ask_several,
-  caption,
   held_out_pairs,
   sample_scene,
 )
@@ -82,7 +80,6 @@ def make(world: World, folder: str, sizes: Sizes = Sizes()) -> dict[str, float]:
     ),
     "crops.json": lambda: write(folder, "crops.json", crops(world, folder, sizes.crops)),
     "text.json": lambda: write(folder, "text.json", text_chats(world, sizes.text)),
-    "text_plain.json": lambda: write(folder, "text_plain.json", text_captions(world, sizes.text)),
     "captions.json, instruct.json": lambda: write_scenes(world, folder, sizes.scenes),
     "heldout.json": lambda: write(folder, "heldout.json", held_out(world, folder, sizes.held_out)),
   }
@@ -126,7 +123,7 @@ def each(one, n: int) -> list:
 
 def stream(world: World, name: str, index: int):
   """The random generator of one record: no record depends on how many others there are."""
-  names = ("crops", "text", "text_plain", "scenes", "heldout")
+  names = ("crops", "text", "scenes", "heldout")
   return np.random.default_rng([world.seed, 2 + names.index(name), index])
 
 
@@ -153,28 +150,16 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
 
 
 def text_chats(world: World, n: int) -> list[dict]:
-  """Scenes as words with 2 or 3 questions; a language model knows all pairs, also held-out ones."""
+  """Scenes as words with up to 3 questions; a language model knows all pairs, also held-out ones."""
   pairs, records = all_pairs(world), []
   for i in range(n):
     rng = stream(world, "text", i)
     signs = sample_scene(world, rng, pairs)
-    questions = ask_several(world, rng, signs, int(rng.integers(2, 4)))
+    questions = ask_several(world, rng, signs, int(rng.integers(1, 4)))
+    if rng.random() < 0.4:
+      questions = [ask(world, rng, signs, "describe"), *questions[:2]]
     talk = chat(as_words(world, signs), questions)
     records.append({"id": f"text-{i:06d}", "conversations": talk})
-  return records
-
-
-def text_captions(world: World, n: int) -> list[dict]:
-  """Scenes as words, continued by their caption.
-
-  `plain` discards the human turn and joins turns without a space, so everything is the reply: the
-  loss then also falls on the words, which is language modelling.
-  """
-  pairs, records = all_pairs(world), []
-  for i in range(n):
-    signs = sample_scene(world, stream(world, "text_plain", i), pairs)
-    talk = turns("", f"{as_words(world, signs)} {caption(signs)}")
-    records.append({"id": f"text-plain-{i:06d}", "conversations": talk})
   return records
 
 
@@ -190,7 +175,7 @@ def write_scenes(world: World, folder: str, n: int) -> None:
     save_image(folder, head["image"], render_scene(world, signs, TRAIN_PHOTOS, rng))
     questions = ask_several(world, rng, signs, int(rng.integers(2, 4)))
     return (
-      head | {"conversations": turns(IMAGE, caption(signs))},
+      head | {"conversations": chat(IMAGE, [ask(world, rng, signs, "describe")])},
       head | {"conversations": chat(IMAGE, questions)},
     )
 

@@ -40,6 +40,7 @@ PHRASES = {
   "exists": ("is there a {colour} sign?", "can you see a {colour} sign?"),
   "where": ("where is the {colour} sign?", "in which corner is the {colour} sign?"),
   "colours": ("what colours are the signs?", "name the colours of the signs."),
+  "describe": ("describe the signs.",),  # the caption; for training alone
 }
 READING = ("read_one", "read_all", "which_colour")  # kinds that need the high-resolution view
 CONTROL = ("count", "exists", "where", "colours")  # kinds that the low-resolution view can answer
@@ -51,7 +52,7 @@ class World:
 
   colours: tuple[str, ...] = tuple(PALETTE)
   characters: str = "0123456789"
-  glyph: float = 7.0  # height of a character in high-resolution pixels
+  glyph: float = 10.0  # height of a character in high-resolution pixels
   noise: float = 8.0  # standard deviation of the sensor noise, of 255
   grid: int = 4
   hr: int = 128
@@ -196,6 +197,8 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
     return Question(kind, phrase.format(colour=sign.colour), corner(world, sign.cell), sign)
   if kind == "colours":
     return Question(kind, phrase, " ".join(s.colour for s in signs))
+  if kind == "describe":
+    return Question(kind, phrase, caption(signs))
   raise ValueError(f"kind: {kind!r} unknown; known are {sorted(PHRASES)}")
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mgjax.config import ClipVitConfig
 from mgjax.models.attention import attention
-from mgjax.models.layers import LayerNorm, dense, remat, stack
+from mgjax.models.layers import Dense, LayerNorm, remat, stack
 from mgjax.sharding import constrain
 
 
@@ -23,13 +23,13 @@ class ClipBlock(nnx.Module):
     d, f = config.width, config.mlp_width
     self.heads = config.heads
     self.norm1 = LayerNorm(d, config.norm_eps)
-    self.q = dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.k = dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.v = dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.out = dense(d, d, ("heads", "embed"), dtype=dtype, rngs=rngs)
+    self.q = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+    self.k = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+    self.v = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
+    self.out = Dense(d, d, ("heads", "embed"), dtype=dtype, rngs=rngs)
     self.norm2 = LayerNorm(d, config.norm_eps)
-    self.up = dense(d, f, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-    self.down = dense(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+    self.up = Dense(d, f, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    self.down = Dense(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, T, D] -> [N, T, D]
     n, t, d = x.shape
@@ -53,7 +53,7 @@ class ClipVit(nnx.Module):
     d, tokens = config.width, config.side**2
     patch = config.patch_size**2 * 3
     normal = nnx.initializers.normal(0.02)
-    self.patch_embed = dense(patch, d, (None, "embed"), bias=False, dtype=dtype, rngs=rngs)
+    self.patch_embed = Dense(patch, d, (None, "embed"), bias=False, dtype=dtype, rngs=rngs)
     self.class_embedding = nnx.Param(normal(rngs(), (d,)), out_sharding=("embed",))
     self.position_embedding = nnx.Param(
         normal(rngs(), (tokens + 1, d)), out_sharding=(None, "embed"))

@@ -9,7 +9,7 @@ from flax import nnx
 from mgjax.config import ConvNextConfig
 from mgjax.models.depthwise import depthwise_conv
 from mgjax.models.images import resize_bilinear
-from mgjax.models.layers import LayerNorm, dense, remat, stack
+from mgjax.models.layers import Dense, LayerNorm, remat, stack
 from mgjax.sharding import constrain
 
 
@@ -24,13 +24,14 @@ class ConvNextBlock(nnx.Module):
   """Depthwise 7x7, LayerNorm, inverted bottleneck with exact GELU, layer scale, residual."""
 
   def __init__(self, width: int, eps: float, *, dtype, rngs: nnx.Rngs):
-    init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=())
+    init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1), out_axis=(),
+                                              batch_axis=2)
     self.kernel = nnx.Param(init(rngs(), (7, 7, width)), out_sharding=("taps", "taps", "channels"))
     self.bias = nnx.Param(jnp.zeros(width), out_sharding=("channels",))
     self.norm = LayerNorm(width, eps)
-    self.up = dense(width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-    self.down = dense(4 * width, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
-    self.gamma = nnx.Param(jnp.full(width, 0.1), out_sharding=("norm",))
+    self.up = Dense(width, 4 * width, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    self.down = Dense(4 * width, width, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+    self.gamma = nnx.Param(jnp.ones(width), out_sharding=("norm",))
 
   def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
     """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the residual branch, 0 or 1/(1-rate)."""
@@ -52,7 +53,7 @@ class ConvNextStage(nnx.Module):
     before = config.widths[index - 1]
     self.down_norm = nnx.data(LayerNorm(before, config.norm_eps) if index else None)
     self.down = nnx.data(
-        dense(4 * before, width, (None, "embed"), dtype=dtype, rngs=rngs) if index else None)
+        Dense(4 * before, width, (None, "embed"), dtype=dtype, rngs=rngs) if index else None)
     self.blocks = stack(config.depths[index], block, rngs)
 
 
@@ -62,7 +63,7 @@ class ConvNext(nnx.Module):
   def __init__(self, config: ConvNextConfig, *, remat_policy: str = "none", dtype, rngs: nnx.Rngs):
     self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
     width = config.widths[0]
-    self.stem = dense(config.stride**2 * 3, width, (None, "embed"), dtype=dtype, rngs=rngs)
+    self.stem = Dense(config.stride**2 * 3, width, (None, "embed"), dtype=dtype, rngs=rngs)
     self.stem_norm = LayerNorm(width, config.norm_eps)
     self.stages = nnx.List([ConvNextStage(config, i, dtype=dtype, rngs=rngs)
                             for i in range(len(config.depths))])

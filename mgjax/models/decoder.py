@@ -9,7 +9,7 @@ from flax import nnx
 
 from mgjax.config import DecoderConfig
 from mgjax.models.attention import attention, packed_causal_mask, rope
-from mgjax.models.layers import RmsNorm, dense, remat, stack
+from mgjax.models.layers import Dense, RmsNorm, remat, stack
 from mgjax.sharding import constrain
 
 
@@ -30,7 +30,7 @@ class DecoderBlock(nnx.Module):
     d, f = config.width, config.mlp_width
     q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
     self.norm1 = RmsNorm(d, config.norm_eps)
-    make = lambda i, o, axes: dense(i, o, axes, bias=False, dtype=dtype, rngs=rngs)
+    make = lambda i, o, axes: Dense(i, o, axes, bias=False, dtype=dtype, rngs=rngs)
     self.q = make(d, q_width, ("embed", "heads"))
     self.k = make(d, kv_width, ("embed", "heads"))
     self.v = make(d, kv_width, ("embed", "heads"))
@@ -71,7 +71,7 @@ class Decoder(nnx.Module):
     self.blocks = stack(
         config.depth, lambda r: DecoderBlock(config, dtype=dtype, rngs=r), rngs)
     self.norm = RmsNorm(config.width, config.norm_eps)
-    self.head = dense(config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype,
+    self.head = Dense(config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype,
                       rngs=rngs)
 
   def embed(self, tokens: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from mgjax.config import ModelConfig
 from mgjax.models import images as views
 from mgjax.models.clip_vit import ClipVit
 from mgjax.models.convnext import ConvNext, concatenated_features
-from mgjax.models.layers import dense, standardize
+from mgjax.models.layers import Dense, standardize
 
 
 class Tagger(nnx.Module):
@@ -32,7 +32,7 @@ class Tagger(nnx.Module):
     else:
       raise ValueError(f"tagger: tower {tower!r} is neither 'vision' nor the 'vision_hr' of a "
                        "model that has one")
-    self.head = dense(width, config.decoder.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+    self.head = Dense(width, config.decoder.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
   def __call__(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
     hr = views.normalize(batch["images"][:, 0])

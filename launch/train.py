@@ -1,0 +1,43 @@
+"""Trains.  One run, or a recipe of several (configs/demo.py), from a config file.
+
+    python launch/train.py --config=configs/stage2.py:mgm-7b --workdir=work_dirs/mgm-7b \
+        --config.data.batch_size=64 --config.mesh.tensor=4
+
+A workdir that exists is resumed.  SIGTERM saves and exits with 0.
+"""
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/stage1.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed if it exists")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+  if argv[1:]:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  from mgjax.data.sources import DataError
+  from mgjax.train.config import run_config
+  from mgjax.train.loop import TrainingError, train
+
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+  values = _CONFIG.value.to_dict()
+  try:
+    if "runs" in values:
+      from mgjax.demo.recipe import run_demo
+      run_demo(values, _WORKDIR.value)
+    else:
+      train(run_config(values), _WORKDIR.value)
+  except (DataError, TrainingError, ValueError, OSError) as e:
+    logging.debug("where it came from", exc_info=True)  # --verbosity=1 shows it
+    sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main)
+  except (AttributeError, KeyError, ValueError) as e:  # a flag or config file that does not fit
+    sys.exit(f"error: {e}")

@@ -1,0 +1,134 @@
+"""Keys and values of what was read so far, and how the decoder reads on behind them.
+
+Layers are not stacked here as they are in training: a scan copies each layer's weights and cache
+out of the stack, and one token's worth of work does not pay for that.
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mgjax.config import DecoderConfig
+from mgjax.models.decoder import Decoder
+from mgjax.sharding import constrain
+
+BLOCK = 128  # slots that attention reads at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """k, v: one array [B, K, S, h] a layer.  Rows are written in step, one slot a position."""
+
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
+
+  @property
+  def slots(self) -> int:
+    """S: positions that fit."""
+    return self.k[0].shape[2]
+
+
+def rounded_slots(n: int) -> int:
+  """The least number of slots that holds n positions and that attention can read in blocks."""
+  return -(-n // BLOCK) * BLOCK
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype) -> Cache:
+  """A cache of zeros; `slots` must be a multiple of BLOCK.  To be traced inside a mesh."""
+  zeros = lambda: tuple(
+      _laid_out(jnp.zeros((rows, config.kv_heads, slots, config.head_dim), dtype))
+      for _ in range(config.depth))
+  return Cache(zeros(), zeros())
+
+
+def _laid_out(x):
+  return constrain(x, "batch", "act_heads", None, None)
+
+
+def with_unstacked_blocks(decoder: Decoder) -> Decoder:
+  """The same decoder with `blocks` as a list of layers, as `extend` reads it.
+
+  The layers are copied out of the stack; everything else is shared with the decoder given, which
+  stays as it is.
+  """
+  graphdef, state = nnx.split(decoder.blocks)
+  depth = decoder.config.depth
+  layer_of = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
+  unstack = jax.jit(lambda stack: [layer_of(stack, i) for i in range(depth)])
+  decoder = nnx.merge(*nnx.split(decoder))  # new module objects around the same arrays
+  decoder.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in unstack(state)])
+  return decoder
+
+
+def extend(decoder: Decoder, x: jax.Array, start: jax.Array, first: jax.Array,
+           cache: Cache) -> tuple[jax.Array, Cache]:
+  """Reads L more positions: a prompt, a new turn, or one token.
+
+  Args:
+    decoder: from `with_unstacked_blocks`.
+    x: embeddings [B, L, D].
+    start: int scalar; x goes to the slots start .. start+L-1, which must exist.  A slot sees those
+      up to itself; what later slots hold does not matter, so padding may follow the real positions.
+    first: int [B]; where each row begins.  Slots before it are padding and never seen, and the
+      position of a slot is its number minus `first`.
+    cache: what was read before.
+
+  Returns: final hidden states [B, L, D] and the cache.
+  """
+  positions = start + jnp.arange(x.shape[1]) - first[:, None]                   # [B, L]
+  positions = jnp.maximum(positions, 0)
+  write = lambda all_, new: _laid_out(jax.lax.dynamic_update_slice(
+      all_, new.swapaxes(1, 2).astype(all_.dtype), (0, 0, start, 0)))
+  ks, vs = [], []
+  for block, k_all, v_all in zip(decoder.blocks, cache.k, cache.v):
+    q, k, v = block.qkv(x, positions)
+    ks.append(write(k_all, k))
+    vs.append(write(v_all, v))
+    x = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first))
+  return decoder.norm(x), Cache(tuple(ks), tuple(vs))
+
+
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
+                     first: jax.Array) -> jax.Array:
+  """Softmax attention over the filled part of a cache; logits and softmax in float32.
+
+  q [B, L, H, h] at the slots from `start` on; k, v [B, K, S, h] with S a multiple of BLOCK; `first`
+  [B] as in `extend`.  Returns [B, L, H, h] in the dtype of q.
+
+  Blocks of slots are read up to the last query, and each rescales what the earlier ones gave.  Time
+  follows what was read, not S, and one program serves every length.
+  """
+  b, l, heads, h = q.shape
+  groups, n = k.shape[1], heads // k.shape[1]
+  rows = lambda x: x.reshape(b, l, groups, n, h).transpose(0, 2, 1, 3, 4).reshape(
+      b, groups, l * n, h)
+  q_rows = rows(q * (h**-0.5))
+  q_slots = jnp.repeat(start + jnp.arange(l), n)                                # [L*n]
+  lowest = jnp.finfo(jnp.float32).min
+
+  def read(i, carry):
+    peak, total, out = carry
+    kb, vb = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
+    slots = i * BLOCK + jnp.arange(BLOCK)
+    seen = (slots <= q_slots[:, None]) & (slots >= first[:, None, None])        # [B, L*n, BLOCK]
+    logits = jnp.einsum("bkqh,bksh->bkqs", q_rows, kb.astype(q.dtype),
+                        preferred_element_type=jnp.float32)
+    logits = jnp.where(seen[:, None], logits, lowest)
+    new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
+    # While nothing was seen, peak is `lowest` and the sums are rubbish; the first slot seen
+    # scales them by exp(lowest - peak) = 0.
+    weights, keep = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
+    got = jnp.einsum("bkqs,bksh->bkqh", weights.astype(q.dtype), vb.astype(q.dtype),
+                     preferred_element_type=jnp.float32)
+    return new_peak, total * keep + weights.sum(-1, keepdims=True), out * keep + got
+
+  full = lambda width, value: jnp.full((b, groups, l * n, width), value, jnp.float32)
+  blocks = (start + l - 1) // BLOCK + 1
+  _, total, out = jax.lax.fori_loop(
+      0, blocks, read, (full(1, lowest), full(1, 0.0), full(h, 0.0)))
+  out = (out / total).astype(q.dtype).reshape(b, groups, l, n, h)
+  return out.transpose(0, 2, 1, 3, 4).reshape(b, l, heads, h)

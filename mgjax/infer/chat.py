@@ -1,0 +1,155 @@
+"""The text side of the engine: history and pictures in, an answer out piece by piece."""
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Generator, Iterator, Sequence
+
+import jax
+
+from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Template, Turn
+from mgjax.data.images import load_image
+from mgjax.data.tokenize import encode_prompt
+from mgjax.data.tokenizer import Tokenizer
+from mgjax.infer.engine import Engine, Prompt
+from mgjax.infer.sampling import Sampling
+
+_HALF = "\ufffd"  # what decoding makes of a character whose bytes are not all there
+
+
+def end_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
+  """eos, and the stop strings of the template that are one token each; others are found in the
+  text (`TextStream`)."""
+  ids = {tokenizer.eos_id}
+  for stop in template.stop:
+    written = tokenizer.encode(stop, add_bos=False)
+    if len(written) == 1:
+      ids.add(written[0])
+  return tuple(sorted(ids))
+
+
+class TextStream:
+  """Ids in, text out, as soon as no later id can change it.
+
+  Held back are half characters, spaces at the end, and what may be the start of a stop string.  The
+  text of a whole answer has no spaces around it.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    self._tokenizer, self._stops = tokenizer, tuple(s for s in stops if s)
+    self._known = tokenizer.vocab_size
+    self._ids: list[int] = []
+    self._shown = 0  # characters given out
+    self.text = ""   # everything so far, up to the first stop string
+    self.stopped = False  # a stop string was met; further ids are ignored
+
+  def feed(self, token: int) -> str:
+    """The text that this id makes certain; often empty."""
+    if self.stopped or token >= self._known:  # models may have more rows than there are words
+      return ""
+    self._ids.append(token)
+    # All ids every time: only the tokenizer knows how pieces join, and it is fast.
+    self.text = self._tokenizer.decode(self._ids, skip_special=True).lstrip()
+    if met := [at for stop in self._stops if (at := self.text.find(stop)) >= 0]:
+      self.text, self.stopped = self.text[:min(met)].rstrip(), True
+      return self._show(self.text)
+    certain = self.text.rstrip(_HALF).rstrip()
+    held = max((_overlap(certain, stop) for stop in self._stops), default=0)
+    return self._show(certain[:len(certain) - held].rstrip())
+
+  def finish(self) -> str:
+    """What was held back, once no more ids come."""
+    self.text = self.text.rstrip(_HALF).rstrip()
+    return self._show(self.text)
+
+  def _show(self, text: str) -> str:
+    new = text[self._shown:]
+    self._shown = max(self._shown, len(text))
+    return new
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Length of the longest end of `text` that `stop` begins with."""
+  return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])),
+              0)
+
+
+class Chat:
+  """A conversation with a model: pictures may join at any turn and stay.
+
+  Args:
+    engine: the model.
+    tokenizer, template: those that it was trained with.
+    aspect: how pictures are made square ('pad' or 'square'), as in training.
+    sampling: how to generate; `stop_ids` are filled in here.
+    fit: whether an answer may be shorter than `max_new_tokens` where the conversation nears the
+      engine's max_length, instead of being refused; `cut` then tells.
+  """
+
+  def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template, *,
+               aspect: str, sampling: Sampling, fit: bool = False):
+    self._engine, self._tokenizer, self._template = engine, tokenizer, template
+    self._aspect, self._fit = aspect, fit
+    self._sampling = dataclasses.replace(sampling, stop_ids=end_ids(tokenizer, template))
+    self.clear()
+
+  def clear(self) -> None:
+    """Forgets the turns and the pictures."""
+    self._session = self._engine.session()
+    self._turns: list[Turn] = []
+    self._images: tuple[jax.Array, ...] = ()
+    self._waiting: tuple[jax.Array, ...] = ()
+    self.cut = False  # whether the last answer ended at its longest, not by itself
+
+  @property
+  def turns(self) -> tuple[Turn, ...]:
+    """(role, text) of what was said, answers included."""
+    return tuple(self._turns)
+
+  def attach(self, path: str | pathlib.Path) -> None:
+    """Adds the picture at `path` to the next question.  Raises ImageError, naming the file."""
+    pixels = load_image(path, self._engine.config.hr_size, self._aspect)
+    self._waiting += self._engine.encode_images(pixels[None])
+
+  def ask(self, question: str) -> Iterator[str]:
+    """The answer in pieces, as they become certain; their sum is the answer.
+
+    Closing the iterator stops the answer, and what was said of it stays in the history.  Raises
+    ValueError at the call, with nothing changed, if the question is empty, holds `<image>`, or
+    does not fit into the length that the engine was made for.
+    """
+    question = question.strip()
+    if not question:
+      raise ValueError("the question is empty")
+    if IMAGE_TAG in question:
+      raise ValueError(f"the question holds {IMAGE_TAG}, which stands for a picture; leave it out "
+                       "and attach the picture as a file")
+    images = self._images + self._waiting
+    turns = [*self._turns, (HUMAN, f"{IMAGE_TAG}\n" * len(self._waiting) + question)]
+    encoded = encode_prompt(self._tokenizer, self._template, turns, len(images),
+                            self._engine.config.visual_tokens)
+    prompt, sampling = Prompt(encoded.tokens, encoded.visual_index, images), self._sampling
+    if self._fit:
+      longest = max(1, min(sampling.max_new_tokens, self._engine.room(prompt)))
+      sampling = dataclasses.replace(sampling, max_new_tokens=longest)
+    return self._answer(self._session.generate(prompt, sampling), turns, images)
+
+  def _answer(self, ids: Generator[int], turns: list[Turn],
+              images: tuple[jax.Array, ...]) -> Iterator[str]:
+    stream = TextStream(self._tokenizer, self._template.stop)
+    self._images, self._waiting, self.cut = images, (), False
+    try:
+      for token in ids:
+        if token in self._sampling.stop_ids:
+          break
+        if piece := stream.feed(token):
+          yield piece
+        if stream.stopped:
+          break
+      else:
+        self.cut = True
+      if piece := stream.finish():
+        yield piece
+    finally:
+      ids.close()
+      self._turns = [*turns, (GPT, stream.text.rstrip(_HALF).rstrip())]

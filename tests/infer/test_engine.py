@@ -1,0 +1,351 @@
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_models import case_config, case_views, load_params
+from safetensors.numpy import load_file
+
+from mgjax import trees
+from mgjax.config import ClipVitConfig, DecoderConfig, ModelConfig
+from mgjax.infer.engine import Engine, Prompt
+from mgjax.infer.sampling import Sampling
+from mgjax.models.mini_gemini import MiniGemini
+from mgjax.sharding import make_mesh, mesh_context
+
+TINY = ModelConfig(
+    vision=ClipVitConfig(28, 14, 16, 2, 2, 32), vision_hr=None, hr_size=56,
+    decoder=DecoderConfig(97, 32, 2, 4, 2, 8, 48))
+BUCKETS = (16, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def model(mesh):
+  with mesh_context(mesh):
+    graphdef, state = nnx.split(nnx.eval_shape(
+        lambda: MiniGemini(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+  rng = np.random.RandomState(0)
+
+  def fill(x):  # lively norms and biases, and greedy text that does not repeat one token
+    scale = x.shape[-2]**-0.5 if len(x.shape) > 1 else 0.1
+    return jnp.asarray(rng.randn(*x.shape) * scale + (len(x.shape) == 1), x.dtype)
+
+  return nnx.merge(graphdef, jax.tree.map(fill, state))
+
+
+@pytest.fixture(scope="module")
+def engine(model, mesh):
+  return Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
+
+
+@pytest.fixture(scope="module")
+def images(engine):
+  pixels = np.random.RandomState(0).randint(0, 256, (2, 56, 56, 3), np.uint8)
+  return engine.encode_images(pixels)
+
+
+def make_prompt(seed, length, images=(), at=2):
+  """Random ids with the images' tokens in a row from `at` on."""
+  count = len(images) * TINY.visual_tokens
+  tokens = np.random.RandomState(seed).randint(0, 97, length)
+  index = np.full(length, -1)
+  index[at:at + count] = np.arange(count)
+  return Prompt(tokens, index, tuple(images))
+
+
+def longer(prompt, ids):
+  index = np.append(prompt.visual_index, np.full(len(ids), -1))
+  return Prompt(np.append(prompt.tokens, ids), index, prompt.images)
+
+
+def greedy(n, stop=()):
+  return Sampling(max_new_tokens=n, stop_ids=tuple(stop))
+
+
+@jax.jit
+def _full_logits(model, tokens, index, visual, real):
+  x = model.place(tokens, index, visual)
+  hidden = model.decoder(x, jnp.arange(tokens.shape[1])[None], real.astype(jnp.int32))
+  return model.decoder.logits(hidden)[0]
+
+
+def full_logits(model, mesh, prompt):
+  """Scores [N, V] of one pass over everything, without a cache."""
+  n = len(prompt)
+  pad = lambda x: np.pad(x, (0, 140 - n))[None]
+  visual = np.zeros((1, 2 * TINY.visual_tokens, TINY.decoder.width), np.float32)
+  for slot, image in enumerate(prompt.images):
+    visual[0, slot * TINY.visual_tokens:(slot + 1) * TINY.visual_tokens] = image
+  with mesh_context(mesh):
+    real = pad(np.ones(n, bool))
+    return np.asarray(_full_logits(model, pad(prompt.tokens), pad(prompt.visual_index), visual,
+                                   real))[:n]
+
+
+@contextlib.contextmanager
+def compilations():
+  """The list of programs that XLA compiles meanwhile."""
+  events = []
+  watch = lambda name, *_, **__: events.append(name) if "backend_compile" in name else None
+  jax.monitoring.register_event_duration_secs_listener(watch)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_duration_listener(watch)
+
+
+# Against a pass without a cache, on a tiny random model.
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 60, 126])  # 126: decoding crosses a block of 128
+def test_decode_with_cache_is_the_full_forward(engine, model, mesh, images, length):
+  prompt = make_prompt(length, length, images[:1] if length > 15 else ())
+  bucket = engine.bucket(length)
+  pad = lambda x, fill: np.pad(x, (0, bucket - length), constant_values=fill)[None]
+  cache = engine.empty_cache(1, 200)
+  step, cache = engine.prefill(
+      pad(prompt.tokens, 5), pad(prompt.visual_index, -1), [prompt.images], cache, slot=0,
+      first=np.zeros(1), last=length - 1, sampling=greedy(5))
+  scores, ids = [], []
+  for _ in range(5):
+    scores.append(np.asarray(step.logits[0]))
+    ids.append(int(step.token[0]))
+    step, cache = engine.decode(step, engine.settings(greedy(5)), cache)
+  want = full_logits(model, mesh, longer(prompt, ids))[length - 1:-1]
+  np.testing.assert_allclose(np.stack(scores), want, atol=1e-5)
+  assert ids == want.argmax(-1).tolist()
+  assert list(engine.generate(prompt, greedy(5))) == ids
+
+
+def test_a_new_turn_reads_only_what_is_new(engine, images):
+  session = engine.session()
+  first = make_prompt(0, 30, images[:1])
+  answer = list(session.generate(first, greedy(6)))
+  second = longer(first, [*answer, 7, 8, 9])
+  got = list(session.generate(second, greedy(6)))
+  assert session.reused == 30 + 5  # the last token of an answer was never read
+  assert got == list(engine.generate(second, greedy(6)))
+  third = longer(second, [*got, 1])
+  assert list(session.generate(third, greedy(6))) == list(engine.generate(third, greedy(6)))
+  assert session.reused == len(second) + 5
+
+
+def test_a_history_that_changed_is_read_again_from_there(engine, images):
+  session = engine.session()
+  prompt = make_prompt(0, 40, images[:1])
+  list(session.generate(prompt, greedy(4)))
+  tokens = prompt.tokens.copy()
+  tokens[25] += 1
+  for changed, reused in [
+      (Prompt(tokens, prompt.visual_index, prompt.images), 25),   # another word
+      (Prompt(tokens, prompt.visual_index, images[1:]), 2),       # another picture
+      (make_prompt(0, 20, images[1:]), 19),                       # shorter; the last is always read
+      (make_prompt(5, 12), 0)]:
+    assert list(session.generate(changed, greedy(4))) == list(engine.generate(changed, greedy(4)))
+    assert session.reused == reused
+
+
+def test_an_answer_that_was_stopped_leaves_the_session_sound(engine):
+  session = engine.session()
+  prompt = make_prompt(1, 20)
+  answer = session.generate(prompt, greedy(20))
+  begun = [next(answer), next(answer)]
+  answer.close()
+  second = longer(prompt, [*begun, 4])
+  assert list(session.generate(second, greedy(5))) == list(engine.generate(second, greedy(5)))
+  assert session.reused == 22
+
+
+def test_an_interrupted_program_costs_only_the_cache(engine, monkeypatch):
+  session = engine.session()
+  prompt = make_prompt(1, 20)
+  want = list(session.generate(prompt, greedy(5)))
+  with monkeypatch.context() as patch:
+    patch.setattr(engine, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      list(session.generate(longer(prompt, [3]), greedy(5)))
+  assert list(session.generate(prompt, greedy(5))) == want
+  assert session.reused == 0
+
+
+def test_the_window_of_a_late_turn_stays_inside_the_cache(model, mesh, engine):
+  # 100 are kept and 20 are new: a window of 64 from 100 on would end past the last of 128 slots.
+  small = Engine(model, mesh=mesh, max_length=128, buckets=(64,))
+  session, prompt = small.session(), make_prompt(2, 100)
+  answer = list(session.generate(prompt, greedy(1)))
+  prompt = longer(prompt, [*answer, *range(19)])
+  assert list(session.generate(prompt, greedy(8))) == list(engine.generate(prompt, greedy(8)))
+  assert session.reused == 100
+
+
+def test_batch_equals_singles(engine, images):
+  # Two groups; in the second one a row begins behind a whole block of padding.
+  prompts = [make_prompt(0, 5), make_prompt(1, 50, images), make_prompt(2, 130),
+             make_prompt(3, 12, images[1:]), make_prompt(4, 1), make_prompt(5, 60, images[:1])]
+  want = [list(engine.generate(p, greedy(6))) for p in prompts]
+  assert engine.generate_batch(prompts, greedy(6), rows=4) == want
+  assert engine.generate_batch([], greedy(6)) == []
+
+
+def test_stop_ids_end_an_answer_and_are_its_last_id(engine):
+  prompts = [make_prompt(seed, 20) for seed in range(4)]
+  whole = [list(engine.generate(p, greedy(12))) for p in prompts]
+  stop = {whole[0][3], whole[1][0], whole[2][11]}
+  cut = lambda ids: ids[:next((n + 1 for n, i in enumerate(ids) if i in stop), 12)]
+  want = [cut(ids) for ids in whole]
+  assert {len(w) for w in want} != {12}
+  assert [list(engine.generate(p, greedy(12, stop))) for p in prompts] == want
+  assert engine.generate_batch(prompts, greedy(12, stop), rows=4) == want
+
+
+def test_sampling_is_decided_by_the_seed(engine):
+  prompt = make_prompt(0, 20)
+  hot = Sampling(temperature=2.0, max_new_tokens=12, seed=5)
+  once = list(engine.generate(prompt, hot))
+  assert once == list(engine.generate(prompt, hot))
+  assert once != list(engine.generate(prompt, dataclasses.replace(hot, seed=6)))
+  assert once != list(engine.generate(prompt, greedy(12)))
+  session = engine.session()  # a kept prefix draws the same
+  list(session.generate(make_prompt(0, 20), greedy(3)))
+  assert list(session.generate(prompt, hot)) == once
+
+
+def test_nothing_is_compiled_beyond_the_buckets(model, mesh):
+  engine = Engine(model, mesh=mesh, max_length=100, buckets=BUCKETS)
+  pixels = np.zeros((1, 56, 56, 3), np.uint8)
+  image = engine.encode_images(pixels)
+  for length in (10, 40):  # buckets 16 and 64
+    list(engine.generate(make_prompt(0, length, image), greedy(3)))
+  assert sorted(engine.compiled) == ["decode 1, 128 slots", "encode_images 1",
+                                     "prefill 1x16, 1 images, 128 slots",
+                                     "prefill 1x64, 1 images, 128 slots"]
+  with compilations() as compiled:
+    image = engine.encode_images(pixels + 1)
+    for length in (9, 15, 16, 17, 64):
+      list(engine.generate(make_prompt(1, length), greedy(length % 5 + 1)))
+      hot = Sampling(temperature=0.3 + length, top_p=0.5, top_k=length, seed=length,
+                     max_new_tokens=4, stop_ids=(1, 2))
+      list(engine.generate(make_prompt(2, length, image), hot))
+    session, prompt = engine.session(), make_prompt(3, 20, image)
+    for _ in range(2):
+      answer = list(session.generate(prompt, greedy(4)))
+      prompt = longer(prompt, [*answer, *range(20)])
+  assert not compiled
+  assert set(engine.compiled.values()) == {1}
+  with compilations() as compiled:  # the watch itself works
+    list(engine.generate(make_prompt(0, 65), greedy(2)))
+  assert compiled and engine.compiled["prefill 1x100, 1 images, 128 slots"] == 1
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(engine, images):
+  fits = make_prompt(0, 195)
+  assert len(list(engine.generate(fits, greedy(5)))) == 5
+  with pytest.raises(ValueError, match=r"195 tokens and up to 6 new ones make 201, but max_length "
+                                       r"is 200;.*lower max_new_tokens to 5"):
+    engine.generate(fits, greedy(6))
+  with pytest.raises(ValueError, match="prompt 1: 195 tokens"):
+    engine.generate_batch([make_prompt(0, 3), fits], greedy(6))
+  with pytest.raises(ValueError, match="refers to 2 images, but 1 were given"):
+    engine.generate(dataclasses.replace(make_prompt(0, 30, images), images=images[:1]), greedy(1))
+
+
+@pytest.mark.parametrize("pixels", [
+    np.zeros((1, 56, 56, 3), np.float32), np.zeros((56, 56, 3), np.uint8),
+    np.zeros((1, 28, 28, 3), np.uint8)])
+def test_images_of_another_shape_are_refused(engine, pixels):
+  with pytest.raises(ValueError, match=r"expected uint8 \[N, 56, 56, 3\]"):
+    engine.encode_images(pixels)
+
+
+def test_images_of_one_call_equal_singles(engine):
+  pixels = np.random.RandomState(1).randint(0, 256, (3, 56, 56, 3), np.uint8)
+  together = engine.encode_images(pixels)
+  assert len(together) == 3
+  for one, x in zip(together, pixels):
+    np.testing.assert_allclose(one, engine.encode_images(x[None])[0], atol=1e-5)
+  assert engine.encode_images(pixels[:0]) == ()
+
+
+def test_the_model_given_stays_as_it_is(engine, model, mesh):
+  assert full_logits(model, mesh, make_prompt(0, 4)).shape == (4, 97)
+
+
+# Against the original.
+
+CASES = ("llama", "llama3", "llama_hd", "llama_noaux", "yi")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def original(request, golden, mesh):
+  """(engine, scenarios, prompt of a scenario's row) of a golden case."""
+  folder = golden / request.param
+  scenarios = json.loads((folder / "golden.json").read_text())["generation"]
+  config, outputs = case_config(folder), load_file(folder / "outputs.safetensors")
+  with mesh_context(mesh):
+    graphdef, state = nnx.split(nnx.eval_shape(
+        lambda: MiniGemini(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    model = nnx.merge(graphdef, load_params(folder, config, trees.pure(state)))
+    # The towers have tests of their own; compiling them for one case is enough here.
+    visual = jnp.asarray(outputs["image_tokens"])
+    if request.param == "llama_hd":
+      views = case_views(golden, request.param)
+      visual = jax.jit(lambda m, t, h: m.encode_views(t, h))(model, *views)
+
+  def row(scenario, r=0):
+    ids = np.array(scenario["prompt_ids"][r])
+    ids = ids[np.array(scenario.get("attention_mask", np.ones((r + 1, len(ids))))[r], bool)]
+    counts = np.where(ids == -200, config.visual_tokens, 1)
+    is_visual = np.repeat(ids == -200, counts)
+    index = np.where(is_visual, np.cumsum(is_visual) - 1, -1)
+    used = scenario["image_index"][r:r + 1] if is_visual.any() else []
+    return Prompt(np.repeat(np.maximum(ids, 0), counts), index, tuple(visual[i] for i in used))
+
+  scores = outputs["gen.image_b1.scores"]
+  return Engine(model, mesh=mesh, max_length=128, buckets=()), scenarios, row, scores
+
+
+def test_greedy_answers_are_the_originals(original):
+  engine, scenarios, row, _ = original
+  ran = 0
+  for name, s in scenarios.items():
+    if "beam" in name:
+      continue
+    want = s.get("tokens") or [ids[1:] for ids in s["raw_sequences"]]
+    stop = [s["eos_token_id"]] if "eos_token_id" in s else []
+    prompts = [row(s, r) for r in range(len(want))]
+    singles = [list(engine.generate(p, greedy(16, stop))) for p in prompts]
+    assert engine.generate_batch(prompts, greedy(16, stop), rows=2) == singles
+    for got, ids in zip(singles, want):
+      assert got == ids[:len(got)], name
+      # Where the original's row ended early, its id is the last and only padding follows.
+      assert len(got) == len(ids) or (got[-1] in stop and set(ids[len(got):]) == {0}), name
+    ran += 1
+  assert ran >= 3
+
+
+def test_scores_are_the_originals(original):
+  engine, scenarios, row, want = original
+  prompt = row(scenarios["image_b1"])
+  n = len(prompt)
+  pad = lambda x, fill: np.pad(x, (0, engine.bucket(n) - n), constant_values=fill)[None]
+  step, cache = engine.prefill(
+      pad(prompt.tokens, 0), pad(prompt.visual_index, -1), [prompt.images],
+      engine.empty_cache(1, engine.max_length), slot=0, first=np.zeros(1), last=n - 1,
+      sampling=greedy(16))
+  for scores in want[0]:
+    np.testing.assert_allclose(step.logits[0], scores, atol=1e-4)
+    step, cache = engine.decode(step, engine.settings(greedy(16)), cache)
