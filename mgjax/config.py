@@ -1,4 +1,4 @@
-"""The shape of a model, as frozen data.  Families and sizes differ by values here, nowhere by name."""
+"""The shape of a model, as frozen data.  Families and sizes differ by values, nowhere by name."""
 from __future__ import annotations
 
 import dataclasses

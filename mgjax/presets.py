@@ -25,16 +25,20 @@ def _hd(preset: Preset) -> Preset:
   return dataclasses.replace(preset, model=model, max_length=4096)
 
 
-_VICUNA_7B = Preset(ModelConfig(decoder=DecoderConfig()), "vicuna_v1")
+# The recipe trains with drop path in the frozen HR tower (R1.4); inference never applies it.
+_HR = ConvNextConfig(drop_path=0.1)
+_VICUNA_7B = Preset(ModelConfig(vision_hr=_HR, decoder=DecoderConfig()), "vicuna_v1")
 _VICUNA_13B = Preset(
-    ModelConfig(decoder=DecoderConfig(width=5120, depth=40, heads=40, kv_heads=40,
-                                      mlp_width=13824)), "vicuna_v1")
+    ModelConfig(vision_hr=_HR, decoder=DecoderConfig(width=5120, depth=40, heads=40, kv_heads=40,
+                                                     mlp_width=13824)), "vicuna_v1")
 _LLAMA3_8B = Preset(
-    ModelConfig(decoder=DecoderConfig(vocab_size=128256, kv_heads=8, mlp_width=14336,
-                                      rope_theta=500000.0)), "llama_3", "llama_3")
+    ModelConfig(vision_hr=_HR, decoder=DecoderConfig(vocab_size=128256, kv_heads=8,
+                                                     mlp_width=14336, rope_theta=500000.0)),
+    "llama_3", "llama_3")
 _YI_34B = Preset(
-    ModelConfig(decoder=DecoderConfig(vocab_size=64000, width=7168, depth=60, heads=56, kv_heads=8,
-                                      mlp_width=20480, rope_theta=5000000.0)),
+    ModelConfig(vision_hr=_HR, decoder=DecoderConfig(vocab_size=64000, width=7168, depth=60,
+                                                     heads=56, kv_heads=8, mlp_width=20480,
+                                                     rope_theta=5000000.0)),
     "chatml_direct", learning_rate=1e-5, projector_multiplier=2.0)
 
 # The proportions of the real model in miniature: a quarter of the side's tokens, 8x8 windows.
@@ -47,8 +51,8 @@ _TINY = ModelConfig(
 _DEMO = ModelConfig(
     vision=ClipVitConfig(image_size=56, width=96, depth=4, heads=4, mlp_width=384),
     vision_hr=ConvNextConfig(depths=(2, 2, 2, 1), widths=(32, 64, 96, 128)),
-    decoder=DecoderConfig(vocab_size=576, width=128, depth=4, heads=4, kv_heads=4, head_dim=32,
-                          mlp_width=384),
+    decoder=DecoderConfig(vocab_size=576, width=128, depth=3, heads=4, kv_heads=4, head_dim=32,
+                          mlp_width=256),
     hr_size=128)
 # The yardstick of design notes and benchmarks: 68.8 M parameters.
 _MID = ModelConfig(

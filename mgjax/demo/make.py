@@ -6,7 +6,7 @@
   crops.json       one cell, one sign; pre-trains the high-resolution tower     (template plain)
   text.json        scenes as words, with questions; pre-trains the decoder      (chatml_direct)
   captions.json    scenes with a dense caption; CLIP tower and stage 1          (chatml_direct)
-  instruct.json    scenes with 2 or 3 questions, stage 2                        (chatml_direct)
+  instruct.json    scenes with 2 questions, stage 2                             (chatml_direct)
   heldout.json     other photographs, unseen (colour, character) pairs, a question each, `kind`
   done.json        the parameters; written last
 """
@@ -134,7 +134,7 @@ def training_pairs(world: World) -> list[tuple[str, str]]:
 
 
 def crops(world: World, folder: str, n: int) -> list[dict]:
-  """Single cells, one in ten without a sign."""
+  """Single cells, one in ten without a sign; signs are as large as in the scenes, or larger."""
   os.makedirs(os.path.join(folder, "crops"), exist_ok=True)
   pairs = training_pairs(world)
 
@@ -142,7 +142,9 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
     rng = stream(world, "crops", i)
     pair = None if rng.random() < 0.1 else pairs[rng.integers(len(pairs))]
     name = f"crops/{i:06d}.jpg"
-    save_image(folder, name, render_crop(world, pair, TRAIN_PHOTOS, rng))
+    # Seen from nearer, too: large characters are learnt at once, and lead on to the small ones.
+    near = dataclasses.replace(world, glyph=world.glyph * rng.uniform(0.9, 1.35))
+    save_image(folder, name, render_crop(near, pair, TRAIN_PHOTOS, rng))
     text = " ".join(pair) if pair else NOTHING
     return {"id": f"crop-{i:06d}", "image": name, "conversations": turns(IMAGE, text)}
 
@@ -150,14 +152,14 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
 
 
 def text_chats(world: World, n: int) -> list[dict]:
-  """Scenes as words with up to 3 questions; a language model knows all pairs, also held-out ones."""
+  """Scenes as words with 2 questions; a language model knows all pairs, held-out ones too."""
   pairs, records = all_pairs(world), []
   for i in range(n):
     rng = stream(world, "text", i)
     signs = sample_scene(world, rng, pairs)
-    questions = ask_several(world, rng, signs, int(rng.integers(1, 4)))
+    questions = ask_several(world, rng, signs, 2)
     if rng.random() < 0.4:
-      questions = [ask(world, rng, signs, "describe"), *questions[:2]]
+      questions[0] = ask(world, rng, signs, "describe")
     talk = chat(as_words(world, signs), questions)
     records.append({"id": f"text-{i:06d}", "conversations": talk})
   return records
@@ -173,7 +175,7 @@ def write_scenes(world: World, folder: str, n: int) -> None:
     signs = sample_scene(world, rng, pairs)
     head = {"id": f"scene-{i:06d}", "image": f"scenes/{i:06d}.jpg"}
     save_image(folder, head["image"], render_scene(world, signs, TRAIN_PHOTOS, rng))
-    questions = ask_several(world, rng, signs, int(rng.integers(2, 4)))
+    questions = ask_several(world, rng, signs, 2)
     return (
       head | {"conversations": chat(IMAGE, [ask(world, rng, signs, "describe")])},
       head | {"conversations": chat(IMAGE, questions)},

@@ -111,8 +111,8 @@ def draw_sign(world: World, pixels: np.ndarray, colour: str, char: str, rng) -> 
   angle = math.radians(rng.uniform(-12, 12))
   reach_x = (width * math.cos(angle) + height * abs(math.sin(angle))) / 2 + 0.5
   reach_y = (height * math.cos(angle) + width * abs(math.sin(angle))) / 2 + 0.5
-  x = rng.uniform(reach_x, cell - reach_x)
-  y = rng.uniform(reach_y, cell - reach_y)
+  x = rng.uniform(min(reach_x, cell / 2), max(cell - reach_x, cell / 2))
+  y = rng.uniform(min(reach_y, cell / 2), max(cell - reach_y, cell / 2))
   light = rng.uniform(0.75, 1.05)
   plate, ink = (np.asarray(c) * light + rng.uniform(-12, 12, 3) for c in PALETTE[colour])
 

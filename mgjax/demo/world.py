@@ -52,8 +52,8 @@ class World:
 
   colours: tuple[str, ...] = tuple(PALETTE)
   characters: str = "0123456789"
-  glyph: float = 10.0  # height of a character in high-resolution pixels
-  noise: float = 8.0  # standard deviation of the sensor noise, of 255
+  glyph: float = 14.0  # height of a character in high-resolution pixels
+  noise: float = 6.0  # standard deviation of the sensor noise, of 255
   grid: int = 4
   hr: int = 128
   lr: int = 56
@@ -78,9 +78,9 @@ class World:
     for name in ("hr", "lr"):
       if getattr(self, name) % self.grid:
         raise ValueError(f"{name}: {getattr(self, name)} is not a multiple of grid {self.grid}")
-    if not 4 <= self.glyph <= 0.4 * self.cell:
+    if not 4 <= self.glyph <= 0.7 * self.cell:
       raise ValueError(
-        f"glyph: {self.glyph}, expected 4..{0.4 * self.cell:g}, so that a plate fits in a cell of "
+        f"glyph: {self.glyph}, expected 4..{0.7 * self.cell:g}, so that a plate fits in a cell of "
         f"{self.cell} pixels; change glyph, or hr / grid"
       )
     if not 0 <= self.noise <= 64:

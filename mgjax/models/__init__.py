@@ -1,1 +1,1 @@
-"""Towers, mining, decoder: arrays in, arrays out; nothing here knows files, text or configs files."""
+"""Towers, mining, decoder: arrays in, arrays out; nothing here knows files or text."""

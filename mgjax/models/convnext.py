@@ -34,7 +34,7 @@ class ConvNextBlock(nnx.Module):
     self.gamma = nnx.Param(jnp.ones(width), out_sharding=("norm",))
 
   def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-    """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the residual branch, 0 or 1/(1-rate)."""
+    """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the branch, 0 or 1/(1-rate)."""
     y = depthwise_conv(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
     y = jax.nn.gelu(self.up(self.norm(y)), approximate=False)
     y = self.down(constrain(y, "batch", "space", "space", "act_mlp"))
@@ -71,8 +71,8 @@ class ConvNext(nnx.Module):
   def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> list[jax.Array]:
     """images: normalised [N, H, H, 3] -> [N, H/4, H/4, C0], [N, H/8, H/8, C1], ...
 
-    rng: key for drop path (stochastic depth, per sample, scaled by 1/keep); None switches it off.
-    The recipe trains with it on, though the tower is frozen (R1.4).
+    rng: key for drop path (stochastic depth, per sample, scaled by 1/keep); None switches it off,
+    as a rate of 0 does.
     """
     keeps = self._drop_path(images.shape[0], rng)
     x = self.stem_norm(self.stem(space_to_depth(images.astype(self.dtype), self.config.stride)))

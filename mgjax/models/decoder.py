@@ -1,8 +1,6 @@
 """The language model: a Llama-family decoder (R1.10)."""
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,15 +9,6 @@ from mgjax.config import DecoderConfig
 from mgjax.models.attention import attention, packed_causal_mask, rope
 from mgjax.models.layers import Dense, RmsNorm, remat, stack
 from mgjax.sharding import constrain
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-  """Keys and values of what was read so far: k, v [layers, B, S, K, h].  Slot = position."""
-
-  k: jax.Array
-  v: jax.Array
 
 
 class DecoderBlock(nnx.Module):
@@ -97,28 +86,3 @@ class Decoder(nnx.Module):
     x = constrain(x, "batch", "seq", "act_embed")
     x, _ = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)
     return self.norm(x)
-
-  def extend(self, x: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Reads L more positions behind what the cache holds: prefill, a new turn, or one token.
-
-    x [B, L, D]; positions int [B, L], consecutive in a row.  Each position is written to the slot
-    of its number and sees every slot up to its own; slots past a row's end may hold anything,
-    they are overwritten before they are seen.  Returns hidden states [B, L, D] and the cache.
-    """
-    slots = jnp.arange(cache.k.shape[2])
-    mask = slots[None, None, :] <= positions[:, :, None]  # [B, L, S]
-    rows = jnp.arange(x.shape[0])[:, None]
-
-    # The cache is carried, not scanned over: XLA then updates it in place.
-    def body(carry, scanned):
-      x, k_all, v_all = carry
-      block, layer = scanned
-      q, k, v = block.qkv(x, positions)
-      k_all = k_all.at[layer, rows, positions].set(k.astype(k_all.dtype), mode="drop")
-      v_all = v_all.at[layer, rows, positions].set(v.astype(v_all.dtype), mode="drop")
-      attended = attention(q, k_all[layer].astype(q.dtype), v_all[layer].astype(q.dtype), mask)
-      return (block.finish(x, attended), k_all, v_all), None
-
-    layers = jnp.arange(self.config.depth)
-    (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (self.blocks, layers))
-    return self.norm(x), KVCache(k, v)

@@ -25,12 +25,14 @@ class Dense(nnx.Module):
   """
 
   def __init__(self, d_in: int, d_out: int, axes: tuple[str | None, str | None], *,
-               bias: bool = True, init=nnx.initializers.lecun_normal(),
-               bias_init=nnx.initializers.zeros_init(), dtype: Dtype, rngs: nnx.Rngs):
+               bias: bool = True, init=None, bias_init=None, dtype: Dtype, rngs: nnx.Rngs):
     self.dtype = dtype
+    init = init or nnx.initializers.lecun_normal()
+    bias_init = bias_init or nnx.initializers.zeros_init()
     self.kernel = nnx.Param(init(rngs(), (d_in, d_out), jnp.float32), out_sharding=axes)
-    self.bias = nnx.data(
-        nnx.Param(bias_init(rngs(), (d_out,), jnp.float32), out_sharding=axes[1:]) if bias else None)
+    self.bias = nnx.data(None)
+    if bias:
+      self.bias = nnx.Param(bias_init(rngs(), (d_out,), jnp.float32), out_sharding=axes[1:])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     # As one matrix: XLA's CPU backend is slow at weight gradients that contract several axes.

@@ -40,7 +40,8 @@ class RunConfig:
 
   model: ModelConfig
   data: DataConfig
-  tokenizer: str                      # folder with tokenizer.json or tokenizer.model
+  tokenizer: str = ""                 # folder with tokenizer.json or tokenizer.model; "" = that of
+                                      # the checkpoint in init_from
   optimizer: OptimizerConfig = OptimizerConfig()
   objective: str = "language"         # language | tags:vision | tags:vision_hr (tower pre-training)
   steps: int | None = None            # None: `epochs` over the data
@@ -50,7 +51,6 @@ class RunConfig:
   remat: str = "nothing_saveable"
   dtype: str = "bfloat16"             # of matrix products
   frozen_dtype: str = "bfloat16"      # of parameters that do not train; trained ones are float32
-  drop_path: bool = True              # the HR tower's stochastic depth, frozen or not (R1.4)
   seed: int = 0
   init_from: tuple[tuple[str, str], ...] = ()  # (prefix of parameter paths, workdir of a run)
   chat_template: str = ""             # what launch/chat.py uses; "" = data.template

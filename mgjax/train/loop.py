@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from mgjax import trees
-from mgjax.checkpoint import Checkpointer, write_run
+from mgjax.checkpoint import TOKENIZER, Checkpointer, resolve, write_run
 from mgjax.data.pipeline import Pipeline, make_pipeline
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.sharding import batch_sharding, batch_shards, make_mesh, mesh_context
@@ -36,6 +36,7 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
   the update), ValueError (DataError, CheckpointError) for what does not fit together.
   """
   workdir = Path(workdir).absolute()
+  config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config)))
   tokenizer = load_tokenizer(config.tokenizer)
   if tokenizer.vocab_size > config.model.decoder.vocab_size:
     raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
@@ -86,6 +87,17 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
       batches.close()
       checkpointer.close()
   return steps
+
+
+def tokenizer_folder(config: RunConfig) -> Path:
+  """`config.tokenizer`, else the one that came with the checkpoint to start from."""
+  if config.tokenizer:
+    return Path(config.tokenizer)
+  for _, source in config.init_from:
+    if (folder := resolve(source).parent.parent / TOKENIZER).is_dir():
+      return folder
+  raise ValueError("config.tokenizer is empty and config.init_from brings none; give the folder "
+                   "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

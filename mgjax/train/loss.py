@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 
-def token_loss(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def token_loss(logits: jax.Array, targets: jax.Array,
+               mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Summed cross entropy of the next token, and how many tokens count.
 
   logits float32 [B, L, V]; targets int [B, L]; mask bool [B, L] -> two float32 scalars.
@@ -16,7 +17,8 @@ def token_loss(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[
   return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def tag_loss(scores: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tag_loss(scores: jax.Array, targets: jax.Array,
+             mask: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Summed cross entropy between an image's scores and the bag of its caption's tokens.
 
   scores float32 [B, V]; targets int [B, L], mask bool [B, L]: the caption.  Each distinct token of

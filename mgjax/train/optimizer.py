@@ -69,7 +69,7 @@ def check_table(paths: list[str], table: tuple[Row, ...]) -> None:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate before multipliers, at update 0, 1, ...: linear warm-up from 0, then to 0 (R4.5)."""
+  """Learning rate before multipliers at update 0, 1, ...: warm-up from 0, then to 0 (R4.5)."""
   warmup = 0 if config.schedule == "constant" else math.ceil(config.warmup_ratio * steps)
 
   def schedule(step):

@@ -46,14 +46,13 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
     return loss, terms, grads
 
   def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    rng = jax.random.fold_in(seed, state.step) if config.drop_path else None
+    rng = jax.random.fold_in(seed, state.step)  # for drop path
     if config.accumulate == 1:
       loss, terms, grads = gradients(state.params, state.frozen, batch, rng)
     else:
       def body(total, scanned):
         i, micro = scanned
-        key = None if rng is None else jax.random.fold_in(rng, i)
-        new = gradients(state.params, state.frozen, micro, key)
+        new = gradients(state.params, state.frozen, micro, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, new), None
       zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
       scanned = jnp.arange(config.accumulate), jax.tree.map(micro_batches, batch)

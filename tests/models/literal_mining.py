@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def literal_mining(mining, tokens, features):
-  """Every candidate is projected to a key and a value.  tokens [N, P*P, D], features [N, H, H, C]."""
+  """Every candidate becomes a key and a value.  tokens [N, P*P, D], features [N, H, H, C]."""
   n, count, d = tokens.shape
   p = round(count**0.5)
   w = features.shape[1] // p

@@ -57,7 +57,7 @@ def test_losses_of_training_runs(golden, case):
       steps = run["steps"]
       run_config = RunConfig(
           config, DataConfig("", hr_size=config.hr_size, tokens_per_image=config.visual_tokens),
-          "", optimizer, drop_path=False, dtype="float32", frozen_dtype="float32")
+          "", optimizer, dtype="float32", frozen_dtype="float32")
       tx = make_optimizer(optimizer, steps)
       params, frozen = split_frozen(jax.tree.map(jnp.array, trees.pure(state)), table)
       train = TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params))
