@@ -17,7 +17,7 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, TUNE, base_config
 
-FULL = dict(hr_tower=1500, lr_tower=400, language=1200, stage1=400, stage2=400)
+FULL = dict(hr_tower=1300, lr_tower=400, language=1100, stage1=400, stage2=400)
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
 
@@ -25,8 +25,9 @@ def get_config(size: str = "full"):
   steps = {"full": FULL, "quick": QUICK}[size]
   config = ConfigDict()
   config.world = dataclasses.asdict(World())
-  config.sizes = dataclasses.asdict(Sizes(crops=16_000, text=40_000) if size == "full" else
-                                    Sizes(crops=2_000, text=4_000, scenes=1_000, held_out=60))
+  sizes = {"full": Sizes(crops=40_000, text=50_000, scenes=12_000, held_out=480),
+           "quick": Sizes(crops=2_000, text=4_000, scenes=1_000, held_out=60)}
+  config.sizes = dataclasses.asdict(sizes[size])
   config.runs = ConfigDict()
   config.runs.hr_tower = tower("vision_hr", "crops.json", steps["hr_tower"], hr_size=32)
   config.runs.lr_tower = tower("vision", "captions.json", steps["lr_tower"], hr_size=128)
@@ -60,23 +61,23 @@ def run(steps: int, batch_size: int, max_length: int, learning_rate: float):
 
 
 def tower(name: str, path: str, steps: int, hr_size: int):
-  config = run(steps, 64, 16, 4e-3 if name == "vision_hr" else 1e-3)
+  config = run(steps, 64, 24, 3e-3 if name == "vision_hr" else 1e-3)
   config.objective = f"tags:{name}"
   config.data.path, config.data.template = path, "plain"
   config.data.hr_size, config.data.tokens_per_image = hr_size, 1
-  config.optimizer.weight_decay = 0.01
+  config.optimizer.weight_decay = 0.05
   return config
 
 
 def language(steps: int):
-  config = run(steps, 64, 80, 2e-3)
+  config = run(steps, 64, 64, 2e-3)
   config.data.path, config.data.images_per_row = "text.json", 0
   config.optimizer.table = (("^decoder/", 1.0), ("", None))
   return config
 
 
 def stage(path: str, steps: int, learning_rate: float, table, twin: bool, init_from):
-  config = run(steps, 32, 80, learning_rate)
+  config = run(steps, 32, 64, learning_rate)
   config.data.path, config.optimizer.table, config.init_from = path, table, init_from
   if twin:
     config.model.vision_hr = None

@@ -12,12 +12,16 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/stage1.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; resumed if it exists")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "several hosts: join them first (TPU pods)")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv):
   if argv[1:]:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  if _DISTRIBUTED.value:
+    import jax
+    jax.distributed.initialize()
   from mgjax.data.sources import DataError
   from mgjax.train.config import run_config
   from mgjax.train.loop import TrainingError, train

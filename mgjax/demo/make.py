@@ -5,7 +5,7 @@
   tokenizer/       tokenizer.json, tokenizer_config.json
   crops.json       one cell, one sign; pre-trains the high-resolution tower     (template plain)
   text.json        scenes as words, with questions; pre-trains the decoder      (chatml_direct)
-  captions.json    scenes with a dense caption; CLIP tower and stage 1          (chatml_direct)
+  captions.json    crowded scenes, each cell put into a word; stage 1           (chatml_direct)
   instruct.json    scenes with 2 questions, stage 2                             (chatml_direct)
   heldout.json     other photographs, unseen (colour, character) pairs, a question each, `kind`
   done.json        the parameters; written last
@@ -34,6 +34,7 @@ from .world import (
   ask,
   ask_several,
   held_out_pairs,
+  sample_crowd,
   sample_scene,
 )
 
@@ -80,7 +81,10 @@ def make(world: World, folder: str, sizes: Sizes = Sizes()) -> dict[str, float]:
     ),
     "crops.json": lambda: write(folder, "crops.json", crops(world, folder, sizes.crops)),
     "text.json": lambda: write(folder, "text.json", text_chats(world, sizes.text)),
-    "captions.json, instruct.json": lambda: write_scenes(world, folder, sizes.scenes),
+    "captions.json": lambda: write(folder, "captions.json",
+                                   scenes(world, folder, "crowds", sizes.scenes)),
+    "instruct.json": lambda: write(folder, "instruct.json",
+                                   scenes(world, folder, "scenes", sizes.scenes)),
     "heldout.json": lambda: write(folder, "heldout.json", held_out(world, folder, sizes.held_out)),
   }
   seconds = {}
@@ -123,7 +127,7 @@ def each(one, n: int) -> list:
 
 def stream(world: World, name: str, index: int):
   """The random generator of one record: no record depends on how many others there are."""
-  names = ("crops", "text", "scenes", "heldout")
+  names = ("crops", "text", "crowds", "scenes", "heldout")
   return np.random.default_rng([world.seed, 2 + names.index(name), index])
 
 
@@ -143,8 +147,8 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
     pair = None if rng.random() < 0.1 else pairs[rng.integers(len(pairs))]
     name = f"crops/{i:06d}.jpg"
     # Seen from nearer, too: large characters are learnt at once, and lead on to the small ones.
-    near = dataclasses.replace(world, glyph=world.glyph * rng.uniform(0.9, 1.35))
-    save_image(folder, name, render_crop(near, pair, TRAIN_PHOTOS, rng))
+    nearness = rng.uniform(0.9, 1.35)
+    save_image(folder, name, render_crop(world, pair, TRAIN_PHOTOS, rng, nearness))
     text = " ".join(pair) if pair else NOTHING
     return {"id": f"crop-{i:06d}", "image": name, "conversations": turns(IMAGE, text)}
 
@@ -156,34 +160,36 @@ def text_chats(world: World, n: int) -> list[dict]:
   pairs, records = all_pairs(world), []
   for i in range(n):
     rng = stream(world, "text", i)
-    signs = sample_scene(world, rng, pairs)
-    questions = ask_several(world, rng, signs, 2)
-    if rng.random() < 0.4:
-      questions[0] = ask(world, rng, signs, "describe")
+    if rng.random() < 0.25:
+      signs = sample_crowd(world, rng, pairs)
+      questions = [ask(world, rng, signs, "transcribe")]
+    else:
+      signs = sample_scene(world, rng, pairs)
+      questions = ask_several(world, rng, signs, 2)
     talk = chat(as_words(world, signs), questions)
     records.append({"id": f"text-{i:06d}", "conversations": talk})
   return records
 
 
-def write_scenes(world: World, folder: str, n: int) -> None:
-  """The training scenes, and over the same images the captions and the conversations."""
-  os.makedirs(os.path.join(folder, "scenes"), exist_ok=True)
+def scenes(world: World, folder: str, name: str, n: int) -> list[dict]:
+  """Training pictures with what is said of them: "crowds" with dense captions, or "scenes" with
+  conversations."""
+  os.makedirs(os.path.join(folder, name), exist_ok=True)
   pairs = training_pairs(world)
 
   def one(i):
-    rng = stream(world, "scenes", i)
-    signs = sample_scene(world, rng, pairs)
-    head = {"id": f"scene-{i:06d}", "image": f"scenes/{i:06d}.jpg"}
-    save_image(folder, head["image"], render_scene(world, signs, TRAIN_PHOTOS, rng))
-    questions = ask_several(world, rng, signs, 2)
-    return (
-      head | {"conversations": chat(IMAGE, [ask(world, rng, signs, "describe")])},
-      head | {"conversations": chat(IMAGE, questions)},
-    )
+    rng = stream(world, name, i)
+    if name == "crowds":
+      signs = sample_crowd(world, rng, pairs)
+      questions = [ask(world, rng, signs, "transcribe")]
+    else:
+      signs = sample_scene(world, rng, pairs)
+      questions = ask_several(world, rng, signs, 2)
+    image = f"{name}/{i:06d}.jpg"
+    save_image(folder, image, render_scene(world, signs, TRAIN_PHOTOS, rng))
+    return {"id": f"{name}-{i:06d}", "image": image, "conversations": chat(IMAGE, questions)}
 
-  captions, chats = zip(*each(one, n))
-  write(folder, "captions.json", captions)
-  write(folder, "instruct.json", chats)
+  return each(one, n)
 
 
 def held_out(world: World, folder: str, n: int) -> list[dict]:

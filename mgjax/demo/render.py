@@ -102,10 +102,13 @@ def place(mask: Image.Image, size: int, x: float, y: float, angle: float) -> np.
   return np.asarray(big.reduce(S), np.float32) / 255
 
 
-def draw_sign(world: World, pixels: np.ndarray, colour: str, char: str, rng) -> None:
-  """Draws one sign into a cell, in place; pixels float32 [cell, cell, 3]. The sign fits wholly."""
+def draw_sign(world: World, pixels: np.ndarray, colour: str, char: str, rng, nearness=1.0) -> None:
+  """Draws one sign into a cell, in place; pixels float32 [cell, cell, 3].
+
+  The sign fits wholly; one that is seen from nearer may lose its rim.
+  """
   cell, S = world.cell, SUPERSAMPLE
-  glyph = world.glyph * rng.uniform(0.93, 1.07)
+  glyph = world.glyph * nearness * rng.uniform(0.93, 1.07)
   height = glyph * rng.uniform(1.6, 1.8)
   width = glyph * rng.uniform(1.5, 1.9)
   angle = math.radians(rng.uniform(-12, 12))
@@ -160,11 +163,12 @@ def render_scene(world: World, signs: tuple[Sign, ...], photos, rng) -> np.ndarr
   return to_uint8(world, pixels, rng)
 
 
-def render_crop(world: World, pair: tuple[str, str] | None, photos, rng) -> np.ndarray:
+def render_crop(world: World, pair: tuple[str, str] | None, photos, rng,
+                nearness=1.0) -> np.ndarray:
   """One cell as it is cut from a scene, with one sign or none; uint8 [cell, cell, 3]."""
   pixels = background(rng, photos, world.cell, world.hr)
   if pair:
-    draw_sign(world, pixels, *pair, rng)
+    draw_sign(world, pixels, *pair, rng, nearness)
   return to_uint8(world, pixels, rng)
 
 

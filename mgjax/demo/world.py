@@ -7,7 +7,6 @@ plate with one character. Nothing here touches pixels; see `render.py`.
 Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
 
   as_words  -> "- - red7 - - blue3 - - - - - - - - - -"     one word for one visual token
-  caption   -> "red 7 blue 3"
   questions -> read_one "what does the red sign say?" "7", read_all "read the signs." "7 3", ...
 """
 
@@ -40,7 +39,7 @@ PHRASES = {
   "exists": ("is there a {colour} sign?", "can you see a {colour} sign?"),
   "where": ("where is the {colour} sign?", "in which corner is the {colour} sign?"),
   "colours": ("what colours are the signs?", "name the colours of the signs."),
-  "describe": ("describe the signs.",),  # the caption; for training alone
+  "transcribe": ("write down every cell.",),  # the dense caption; for training alone
 }
 READING = ("read_one", "read_all", "which_colour")  # kinds that need the high-resolution view
 CONTROL = ("count", "exists", "where", "colours")  # kinds that the low-resolution view can answer
@@ -78,9 +77,9 @@ class World:
     for name in ("hr", "lr"):
       if getattr(self, name) % self.grid:
         raise ValueError(f"{name}: {getattr(self, name)} is not a multiple of grid {self.grid}")
-    if not 4 <= self.glyph <= 0.7 * self.cell:
+    if not 4 <= self.glyph <= 0.45 * self.cell:
       raise ValueError(
-        f"glyph: {self.glyph}, expected 4..{0.7 * self.cell:g}, so that a plate fits in a cell of "
+        f"glyph: {self.glyph}, expected 4..{0.45 * self.cell:g}, so that a plate fits in a cell of "
         f"{self.cell} pixels; change glyph, or hr / grid"
       )
     if not 0 <= self.noise <= 64:
@@ -152,17 +151,19 @@ def sample_scene(world: World, rng, pairs, include=None) -> tuple[Sign, ...]:
   return tuple(sorted(signs, key=lambda s: s.cell))
 
 
+def sample_crowd(world: World, rng, pairs) -> tuple[Sign, ...]:
+  """Signs in about half of the cells, colours repeating: a picture with much to say about it."""
+  count = world.grid**2
+  cells = np.sort(rng.permutation(count)[:rng.integers(1, count)])
+  return tuple(Sign(int(cell), *pairs[rng.integers(len(pairs))]) for cell in cells)
+
+
 def as_words(world: World, signs) -> str:
   """The scene as grid*grid words, one for each visual token, in its order."""
   words = [EMPTY] * world.grid**2
   for s in signs:
     words[s.cell] = s.colour + s.char
   return " ".join(words)
-
-
-def caption(signs) -> str:
-  """Every sign's colour and character in reading order: "red 7 blue 3"."""
-  return " ".join(f"{s.colour} {s.char}" for s in signs) or NOTHING
 
 
 def corner(world: World, cell: int) -> str:
@@ -197,8 +198,8 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
     return Question(kind, phrase.format(colour=sign.colour), corner(world, sign.cell), sign)
   if kind == "colours":
     return Question(kind, phrase, " ".join(s.colour for s in signs))
-  if kind == "describe":
-    return Question(kind, phrase, caption(signs))
+  if kind == "transcribe":
+    return Question(kind, phrase, as_words(world, signs))
   raise ValueError(f"kind: {kind!r} unknown; known are {sorted(PHRASES)}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mgjax import trees
@@ -74,12 +75,13 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
         if not metrics.pop("finite"):
           raise TrainingError(explain_nonfinite(step, metrics, batch, data))
         # Before the next batch is taken: the checkpoint holds the data's position after this one.
-        due = step == steps or stop.is_set()
+        stopping = agreed(stop.is_set())
+        due = step == steps or stopping
         checkpointer.save(step, state.as_dict(), batches, force=due)
         log.write(step, metrics | skipped(batches), show=step % config.log_every == 0 or due,
                   tokens=int((batch["segment_ids"] > 0).sum()) * jax.process_count(),
                   images=images_in(batch, config) * jax.process_count())
-        if stop.is_set():
+        if stopping:
           logging.warning("%s: stop signal; saved step %d of %d", name, step, steps)
           return step
     finally:
@@ -161,8 +163,18 @@ def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int
     part = path.split("/")[0]
     by_part[part] = by_part.get(part, 0) + int(np.prod(s.shape))
   parts = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sorted(by_part.items()))
+  if data.report.problems:
+    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(data.report.counts.items()))
+    logging.warning("%d samples left out: %s", len(data.report.problems), kinds)
   logging.info("training %s; frozen %.2f M; %d samples, %d steps of %d rows", parts,
                count(abstract.frozen) / 1e6, len(data.report.kept), steps, config.data.batch_size)
+
+
+def agreed(stop: bool) -> bool:
+  """Whether any host was told to stop: all save the same step, whenever the signal reached them."""
+  if jax.process_count() == 1:
+    return stop
+  return bool(multihost_utils.process_allgather(np.array(stop)).any())
 
 
 @contextlib.contextmanager

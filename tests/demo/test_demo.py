@@ -29,7 +29,6 @@ from mgjax.demo.world import (
   as_words,
   ask,
   ask_several,
-  caption,
   held_out_pairs,
   sample_scene,
 )
@@ -119,17 +118,18 @@ def test_held_out_images_show_hidden_pairs_and_ask_about_them(folder):
     if r["kind"] == "which_colour":
       char = [w for w in question.strip("?").split() if w in World().characters]
       assert (answer, char[0]) in hidden
-  for name in ("captions", "crops"):
-    for r in load(folder, name):
-      words = r["conversations"][1]["value"].split()
-      assert not set(zip(words[::2], words[1::2])) & hidden
+  for r in load(folder, "crops"):
+    words = r["conversations"][1]["value"].split()
+    assert tuple(words) not in hidden
+  for r in load(folder, "captions"):
+    words = set(r["conversations"][1]["value"].split())
+    assert not words & {colour + char for colour, char in hidden}
 
 
 def test_questions_have_the_answers_of_the_scene():
   world, rng = World(), np.random.default_rng(0)
   signs = (Sign(2, "red", "7"), Sign(5, "blue", "3"), Sign(15, "green", "7"))
   assert as_words(world, signs) == "- - red7 - - blue3 - - - - - - - - - green7"
-  assert caption(signs) == "red 7 blue 3 green 7"
   answers = {k: ask(world, rng, signs, k, signs[1]).answer for k in READING + CONTROL[:1]}
   assert answers == {"read_one": "3", "read_all": "7 3 7", "which_colour": "blue", "count": "3"}
   assert ask(world, rng, signs, "which_colour", signs[0]) is None
@@ -228,15 +228,10 @@ class TestTokenizer:
       "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nread the "
       "signs.<|im_end|><|im_start|>assistant\n7 3<|im_end|>"
     )
-    # An image's caption begins right after it; as text, a space has to part them.
-    for prompt, as_text in (
-      (chat, chat.replace("<image>", words)),
-      ("<image>red 7 blue 3\n", f"{words} red 7 blue 3\n"),
-    ):
-      before, after = (self.ids(part) for part in prompt.split("<image>"))
-      cells = self.ids(words)
-      assert len(cells) == 16
-      assert self.ids(as_text) == before + cells + after
+    before, after = (self.ids(part) for part in chat.split("<image>"))
+    cells = self.ids(words)
+    assert len(cells) == 16
+    assert self.ids(chat.replace("<image>", words)) == before + cells + after
 
   def test_transformers_loads_it(self, folder):
     transformers = pytest.importorskip("transformers")

@@ -24,7 +24,7 @@ def lively(width, features):
   mining = PatchInfoMining(width, features, dtype=jnp.float32, rngs=nnx.Rngs(0))
   graphdef, state = nnx.split(mining)
   rng = np.random.default_rng(1)
-  params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32),
+  params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
                         trees.pure(state))
   return graphdef, params
 

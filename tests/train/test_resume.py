@@ -3,8 +3,6 @@ import dataclasses
 import json
 import os
 import signal
-import threading
-import time
 
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ from small_run import make_run
 
 from mgjax import checkpoint, trees
 from mgjax.checkpoint import CheckpointError
+from mgjax.train import loop
 from mgjax.train.loop import TrainingError, train
 
 
@@ -30,39 +29,45 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_bit_identical(tmp_path, workers):
+def test_resume_is_bit_identical(tmp_path, workers, monkeypatch):
   config = make_run(tmp_path, steps=4, accumulate=2, workers=workers)
   straight, broken = tmp_path / "straight", tmp_path / "broken"
   train(config, straight)
-  first_half = dataclasses.replace(config, checkpoint=checkpoint_every(2))
-
-  # Stopped after step 2 as a preempted machine is: by the signal, between two steps.
-  stop_at(broken, 2)
-  assert train(first_half, broken) == 2
+  with monkeypatch.context() as patch:  # stopped as a preempted machine is
+    stop_at(patch, 2)
+    assert train(config, broken) == 2
   assert train(config, broken) == 4
   same(saved(straight, 4), saved(broken, 4))
   lines = [json.loads(x) for x in (broken / "metrics.jsonl").read_text().splitlines()]
   assert [x["step"] for x in lines] == [1, 2, 3, 4]
 
 
-def checkpoint_every(n):
-  from mgjax.train.config import CheckpointConfig
-  return CheckpointConfig(every=n)
+def stop_at(monkeypatch, step):
+  """Sends SIGTERM to this process as the batch of that step goes to the device."""
+  put, calls = loop.put, []
+
+  def watched(batch, mesh):
+    calls.append(None)
+    if len(calls) == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(batch, mesh)
+
+  monkeypatch.setattr(loop, "put", watched)
 
 
-def stop_at(workdir, step):
-  """Sends SIGTERM to this process once the metrics show that step."""
-  def watch():
-    for _ in range(6000):
-      path = workdir / "metrics.jsonl"
-      if path.exists() and f'"step": {step - 1},' in path.read_text():
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-      time.sleep(0.001)
-  threading.Thread(target=watch, daemon=True).start()
+def test_accumulation_gives_the_exact_token_mean(tmp_path):
+  config = make_run(tmp_path, steps=3)
+  for accumulate in (1, 4):
+    train(dataclasses.replace(config, accumulate=accumulate), tmp_path / str(accumulate))
+  lines = lambda d: [json.loads(x) for x in
+                     (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
+  for whole, parts in zip(lines("1"), lines("4")):
+    assert whole["terms"] == parts["terms"]
+    assert abs(whole["loss"] - parts["loss"]) < 1e-5
+    assert abs(whole["grad_norm"] / parts["grad_norm"] - 1) < 1e-4
 
 
-def test_nonfinite_loss_stops_before_the_update(tmp_path, monkeypatch):
+def test_nonfinite_loss_stops_before_the_update(tmp_path):
   config = make_run(tmp_path, steps=4)
   config = dataclasses.replace(config, optimizer=dataclasses.replace(
       config.optimizer, learning_rate=1e30, clip_norm=None, schedule="constant"))
