@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from mgjax import trees
-from mgjax.config import ModelConfig
+from mgjax.config import ModelConfig, build
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
@@ -175,25 +175,26 @@ class LoadedModel:
 def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedModel:
   """A trained model ready to answer, its parameters in `dtype` on `mesh`.  Call it inside
   `mesh_context(mesh)`.  Raises CheckpointError."""
-  from mgjax.train.config import run_config  # the config of a run is training's business
-
   step_dir = resolve(path)
   workdir = step_dir.parent.parent if step_dir.parent.name == STEPS else step_dir.parent
   if not (workdir / CONFIG).is_file():
     raise CheckpointError(f"{workdir}: {CONFIG} is missing; expected a run folder")
-  run = run_config(json.loads((workdir / CONFIG).read_text()))
-  if run.objective != "language":
-    raise CheckpointError(f"{workdir}: this run trained a tower alone ({run.objective}); "
+  run = json.loads((workdir / CONFIG).read_text())
+  if run["objective"] != "language":
+    raise CheckpointError(f"{workdir}: this run trained a tower alone ({run['objective']}); "
                           "it cannot answer")
-  graphdef, abstract = abstract_params(lambda: MiniGemini(run.model, dtype=dtype,
-                                                          rngs=nnx.Rngs(0)), mesh)
+  config = build(ModelConfig, run["model"], f"{workdir / CONFIG}: model")
+  graphdef, abstract = abstract_params(lambda: MiniGemini(config, dtype=dtype, rngs=nnx.Rngs(0)),
+                                       mesh)
   wanted = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=v.sharding)
             for k, v in trees.flatten(abstract).items()}
   params = trees.unflatten(load_params(step_dir, wanted))
+  data = run["data"]
   return LoadedModel(
-      model=nnx.merge(graphdef, params), config=run.model, tokenizer_dir=workdir / TOKENIZER,
-      template=run.chat_template or run.data.template, aspect=run.chat_aspect or run.data.aspect,
-      max_length=run.data.max_length, step=int(step_dir.name))
+      model=nnx.merge(graphdef, params), config=config, tokenizer_dir=workdir / TOKENIZER,
+      template=run["chat_template"] or data["template"],
+      aspect=run["chat_aspect"] or data["aspect"],
+      max_length=data["max_length"], step=int(step_dir.name))
 
 
 def abstract_params(build, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

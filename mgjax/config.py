@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,3 +133,42 @@ class ModelConfig:
   def visual_tokens(self) -> int:
     """T: tokens that one image takes in the text."""
     return self.tiles * self.vision.side**2
+
+
+def build(cls, values: Any, where: str) -> Any:
+  """`values` (nested mappings and sequences) as the dataclass `cls`; errors name `where`."""
+  if isinstance(values, cls):
+    return values
+  if isinstance(values, tuple | list):  # a row of a table, by position
+    values = dict(zip((f.name for f in dataclasses.fields(cls)), values, strict=False))
+  if not isinstance(values, Mapping):
+    raise ValueError(f"{where} is {values!r}; expected the fields of {cls.__name__}")
+  hints = typing.get_type_hints(cls)
+  for key in values:
+    if key not in hints:
+      near = difflib.get_close_matches(key, hints, 1)
+      hint = f"did you mean {where}.{near[0]}?  " if near else ""
+      raise ValueError(f"{where}.{key} does not exist; {hint}There are: {', '.join(hints)}")
+  missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
+             and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+  if missing:
+    raise ValueError(f"{where} needs {', '.join(missing)}")
+  return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _convert(hint, value, where):
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, where)
+  if dataclasses.is_dataclass(hint):
+    return build(hint, value, where)
+  if origin is tuple:
+    inner = [args[0]] * len(value) if args[1:] == (...,) else args
+    return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
+  if hint is float and isinstance(value, int):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
+  return value

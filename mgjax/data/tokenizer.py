@@ -8,8 +8,6 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from mgjax.data.conversation import Template
-
 Spans = list[tuple[int, int]]  # character range [start, end) of each id
 _SPACE = "\u2581"              # how SentencePiece writes a space inside a piece
 _NO_UNK = "<|reserved_special_token_0|>"  # what stands in for unk and pad in Llama-3 (R3.3)
@@ -223,15 +221,6 @@ class Tokenizer:
     if i is None:
       raise KeyError(f"tokenizer {self.name!r} has no token {token!r}")
     return i
-
-  def stop_ids(self, template: Template) -> frozenset[int]:
-    """Ids that end an answer: eos, and the stop strings of the template that are one token."""
-    ids = {self.eos_id}
-    for stop in template.stop:
-      found = self.backend.token_id(stop)
-      # A newline is a byte piece in SentencePiece: the last id that it is written with.
-      ids.add(self.encode(stop, add_bos=False)[-1] if found is None else found)
-    return frozenset(ids)
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:

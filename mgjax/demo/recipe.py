@@ -7,12 +7,13 @@ from pathlib import Path
 
 from absl import logging
 
+from mgjax.config import build
 from mgjax.data.sources import load_samples
 from mgjax.demo import report
 from mgjax.demo.make import Sizes, make
 from mgjax.demo.world import World
 from mgjax.evaluate.answers import answer_first_questions
-from mgjax.train.config import build, run_config
+from mgjax.train.config import run_config
 from mgjax.train.loop import train
 
 

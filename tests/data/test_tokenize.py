@@ -215,11 +215,6 @@ def test_pickling_keeps_everything(small):
     assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
 
 
-def test_stop_ids(small):
-  assert small("small_llama3").stop_ids(TEMPLATES["llama_3"]) == {901, 906}
-  assert small("small_llama_legacy_true").stop_ids(TEMPLATES["plain"]) == {2, 13}
-
-
 def test_folders_that_cannot_be_read(tmp_path, cases):
   with pytest.raises(FileNotFoundError, match="neither tokenizer.model nor tokenizer.json"):
     load_tokenizer(tmp_path)

@@ -2,9 +2,9 @@
 import pytest
 
 from configs import demo, stage1, stage2
-from mgjax.config import ModelConfig
+from mgjax.config import ModelConfig, build
 from mgjax.presets import PRESETS, find
-from mgjax.train.config import RunConfig, build, run_config
+from mgjax.train.config import RunConfig, run_config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
