@@ -17,7 +17,7 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, TUNE, base_config
 
-FULL = dict(hr_tower=1300, lr_tower=400, language=1100, stage1=400, stage2=400)
+FULL = dict(hr_tower=1300, lr_tower=400, language=1100, stage1=500, stage2=400)
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
 
