@@ -17,7 +17,8 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, TUNE, base_config
 
-FULL = dict(hr_tower=1300, lr_tower=400, language=1100, stage1=500, stage2=400)
+FULL = dict(hr_tower=1300, lr_tower=400, language=1800, stage1=400, stage2=400)
+LENGTH = 128  # a scene and five questions about it
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
 
@@ -25,7 +26,7 @@ def get_config(size: str = "full"):
   steps = {"full": FULL, "quick": QUICK}[size]
   config = ConfigDict()
   config.world = dataclasses.asdict(World())
-  sizes = {"full": Sizes(crops=40_000, text=50_000, scenes=12_000, held_out=480),
+  sizes = {"full": Sizes(crops=40_000, text=40_000, scenes=12_000, held_out=480),
            "quick": Sizes(crops=2_000, text=4_000, scenes=1_000, held_out=60)}
   config.sizes = dataclasses.asdict(sizes[size])
   config.runs = ConfigDict()
@@ -34,13 +35,13 @@ def get_config(size: str = "full"):
   config.runs.language = language(steps["language"])
   for suffix, twin in (("", False), ("_twin", True)):
     config.runs["stage1" + suffix] = stage(
-        "captions.json", steps["stage1"], 2e-3, ALIGN, twin,
+        "captions.json", 64, steps["stage1"], 2e-3, ALIGN, twin,
         (("vision", "lr_tower"), ("decoder", "language")))
     config.runs["stage2" + suffix] = stage(
-        "instruct.json", steps["stage2"], 5e-4, TUNE, twin, (("", "stage1" + suffix),))
+        "instruct.json", LENGTH, steps["stage2"], 5e-4, TUNE, twin, (("", "stage1" + suffix),))
   config.order = ("hr_tower", "lr_tower", "language", "stage1", "stage2", "stage1_twin",
                   "stage2_twin")
-  config.compare = {"mining": "stage2", "low resolution alone": "stage2_twin"}
+  config.compare = (("mining", "stage2"), ("low resolution alone", "stage2_twin"))
   return config
 
 
@@ -70,14 +71,14 @@ def tower(name: str, path: str, steps: int, hr_size: int):
 
 
 def language(steps: int):
-  config = run(steps, 64, 64, 2e-3)
+  config = run(steps, 24, LENGTH, 3e-3)
   config.data.path, config.data.images_per_row = "text.json", 0
   config.optimizer.table = (("^decoder/", 1.0), ("", None))
   return config
 
 
-def stage(path: str, steps: int, learning_rate: float, table, twin: bool, init_from):
-  config = run(steps, 32, 64, learning_rate)
+def stage(path: str, length: int, steps: int, learning_rate: float, table, twin: bool, init_from):
+  config = run(steps, 32, length, learning_rate)
   config.data.path, config.optimizer.table, config.init_from = path, table, init_from
   if twin:
     config.model.vision_hr = None

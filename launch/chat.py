@@ -44,19 +44,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def load_chat(args: argparse.Namespace):
+def open_chat(args: argparse.Namespace):
   """The conversation that the arguments describe.  Raises ValueError, OSError or ImageError."""
-  import jax
-  import jax.numpy as jnp
-
-  from mgjax.checkpoint import STEPS, load_model
+  from mgjax.checkpoint import STEPS
   from mgjax.data.conversation import get_template
   from mgjax.data.images import check_header
-  from mgjax.data.tokenizer import load_tokenizer
-  from mgjax.infer.chat import Chat
-  from mgjax.infer.engine import Engine
+  from mgjax.infer.chat import load_chat
   from mgjax.infer.sampling import Sampling
-  from mgjax.sharding import make_mesh, mesh_context
 
   sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                       max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
@@ -65,21 +59,12 @@ def load_chat(args: argparse.Namespace):
   for path in args.image:  # before minutes of loading
     check_header(path)
   checkpoint = pathlib.Path(args.checkpoint)
-  if not checkpoint.exists():
-    raise FileNotFoundError(f"{checkpoint}: no such folder; expected a run's --workdir")
   if args.step is not None:
     checkpoint = checkpoint / STEPS / str(args.step)
   # Orbax warns that it leaves out the position in the training data: that is as it should be.
   logging.getLogger("absl").setLevel(logging.ERROR)
-  # One row at a time: more devices share the layers, not the batch.
-  mesh = make_mesh({"tensor": -1})
-  with mesh_context(mesh):
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    loaded = load_model(checkpoint, mesh, dtype=dtype)
-  engine = Engine(loaded.model, mesh=mesh, max_length=args.max_length or loaded.max_length)
-  chat = Chat(engine, load_tokenizer(loaded.tokenizer_dir),
-              template or get_template(loaded.template), aspect=loaded.aspect, sampling=sampling,
-              fit=args.max_new_tokens is None)
+  chat = load_chat(checkpoint, sampling=sampling, template=template, max_length=args.max_length,
+                   fit=args.max_new_tokens is None)
   for path in args.image:
     chat.attach(path)
   return chat
@@ -141,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
   """The program; returns its exit code."""
   args = arguments(argv)
   try:
-    chat = load_chat(args)
+    chat = open_chat(args)
     if args.prompt is not None:
       say(chat, args.prompt)
     else:

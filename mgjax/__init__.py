@@ -1,1 +1,35 @@
-"""Mini-Gemini in JAX/Flax."""
+"""Mini-Gemini in JAX/Flax: what a notebook needs, by name; each is imported when first used.
+
+    chat = mgjax.load_chat("work_dirs/demo/stage2")
+    chat.attach("photo.jpg")
+    print("".join(chat.ask("what do the signs say?")))
+"""
+
+import importlib
+
+_HOME = {
+    "ModelConfig": "mgjax.config",
+    "PRESETS": "mgjax.presets",
+    "MiniGemini": "mgjax.models.mini_gemini",
+    "make_mesh": "mgjax.sharding",
+    "mesh_context": "mgjax.sharding",
+    "load_model": "mgjax.checkpoint",
+    "make_pipeline": "mgjax.data.pipeline",
+    "run_config": "mgjax.train.config",
+    "train": "mgjax.train.loop",
+    "Engine": "mgjax.infer.engine",
+    "Sampling": "mgjax.infer.sampling",
+    "Chat": "mgjax.infer.chat",
+    "load_chat": "mgjax.infer.chat",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+  if name not in _HOME:
+    raise AttributeError(f"mgjax has no {name!r}; it has {', '.join(__all__)}")
+  return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__():
+  return __all__

@@ -212,8 +212,10 @@ class Tokenizer:
     return self.encode_with_offsets(text, add_bos)[0]
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    """Text of `ids`; negative ids (image placeholders, ignored labels) are left out."""
-    return self.backend.decode([int(i) for i in ids if i >= 0], skip_special)
+    """Text of `ids`.  Left out are negative ones (image placeholders, ignored labels) and those
+    past the vocabulary: a model may have more rows than there are words."""
+    known = range(self.vocab_size)
+    return self.backend.decode([int(i) for i in ids if int(i) in known], skip_special)
 
   def token_id(self, token: str) -> int:
     """Id of a vocabulary entry such as `</s>`; KeyError if the vocabulary has no such entry."""

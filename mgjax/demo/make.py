@@ -6,7 +6,7 @@
   crops.json       one cell, one sign; pre-trains the high-resolution tower     (template plain)
   text.json        scenes as words, with questions; pre-trains the decoder      (chatml_direct)
   captions.json    crowded scenes, each cell put into a word; stage 1           (chatml_direct)
-  instruct.json    scenes with 2 questions, stage 2                             (chatml_direct)
+  instruct.json    scenes with several questions; stage 2                            (chatml_direct)
   heldout.json     other photographs, unseen (colour, character) pairs, a question each, `kind`
   done.json        the parameters; written last
 """
@@ -38,8 +38,9 @@ from .world import (
   sample_scene,
 )
 
-VERSION = 2  # raise when the same parameters would give other files
+VERSION = 3  # raise when the same parameters would give other files
 IMAGE = "<image>"
+QUESTIONS = 5  # of one scene; an answer is little to learn from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Sizes:
         raise ValueError(f"{name}: {value}, expected at least 1 record")
 
 
-def make(world: World, folder: str, sizes: Sizes = Sizes()) -> dict[str, float]:  # noqa: B008
+def make(world: World, folder: str, sizes: Sizes = Sizes()) -> dict[str, float]:
   """Makes everything in `folder`, unless the same is there already.
 
   Returns the seconds that each file took; empty when nothing had to be done.
@@ -156,16 +157,16 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
 
 
 def text_chats(world: World, n: int) -> list[dict]:
-  """Scenes as words with 2 questions; a language model knows all pairs, held-out ones too."""
+  """Scenes as words, with questions; a language model knows all pairs, held-out ones too."""
   pairs, records = all_pairs(world), []
   for i in range(n):
     rng = stream(world, "text", i)
-    if rng.random() < 0.25:
+    if rng.random() < 0.1:
       signs = sample_crowd(world, rng, pairs)
       questions = [ask(world, rng, signs, "transcribe")]
     else:
       signs = sample_scene(world, rng, pairs)
-      questions = ask_several(world, rng, signs, 2)
+      questions = ask_several(world, rng, signs, QUESTIONS)
     talk = chat(as_words(world, signs), questions)
     records.append({"id": f"text-{i:06d}", "conversations": talk})
   return records
@@ -184,7 +185,7 @@ def scenes(world: World, folder: str, name: str, n: int) -> list[dict]:
       questions = [ask(world, rng, signs, "transcribe")]
     else:
       signs = sample_scene(world, rng, pairs)
-      questions = ask_several(world, rng, signs, 2)
+      questions = ask_several(world, rng, signs, QUESTIONS)
     image = f"{name}/{i:06d}.jpg"
     save_image(folder, image, render_scene(world, signs, TRAIN_PHOTOS, rng))
     return {"id": f"{name}-{i:06d}", "image": image, "conversations": chat(IMAGE, questions)}
@@ -230,7 +231,7 @@ def corpus(world: World) -> list[str]:
   words = [as_words(world, ()), NOTHING]
   words += [f"{colour}{char} {colour} {char}" for colour, char in all_pairs(world)]
   words += [str(n) for n in range(1, world.max_signs + 1)]
-  words += ["yes no top bottom left right", "system user assistant Answer the questions."]
+  words += ["yes no top bottom", "system user assistant Answer the questions."]
   for phrases in PHRASES.values():
     words += [p.format(colour=world.colours[0], char=world.characters[0]) for p in phrases]
   return words

@@ -21,7 +21,7 @@ def run_demo(config: dict, workdir: str | Path) -> None:
   """Everything that configs/demo.py describes, in `workdir`; what is done already is not redone.
 
   config: `world` and `sizes` of the data, `runs` (name -> run, trained in the order of `order`;
-  `init_from` names other runs), `compare` (label -> run) asked the held-out questions.
+  `init_from` names other runs), `compare` ((label, run), ...) asked the held-out questions.
   Writes results.json, table.md, contact_sheet.png and loss_curves.png.
   """
   workdir, started = Path(workdir).absolute(), time.perf_counter()
@@ -40,7 +40,7 @@ def run_demo(config: dict, workdir: str | Path) -> None:
     if train(run, workdir / name, name=name) < (run.steps or 0):
       return  # told to stop; the same command goes on from here
     seconds[name] = time.perf_counter() - before
-  compare(config["compare"], data, workdir, world, seconds, started)
+  compare(dict(config["compare"]), data, workdir, world, seconds, started)
 
 
 def compare(models: dict[str, str], data: Path, workdir: Path, world: World,

@@ -7,7 +7,10 @@ plate with one character. Nothing here touches pixels; see `render.py`.
 Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
 
   as_words  -> "- - red7 - - blue3 - - - - - - - - - -"     one word for one visual token
-  questions -> read_one "what does the red sign say?" "7", read_all "read the signs." "7 3", ...
+  questions -> read_one "what does the red sign say?" "red 7", read_all "read the signs." "7 3", ...
+
+An answer about one sign begins with what was asked for ("red 7"), as people's answers do: a decoder
+this small learns to look up the word it has just said long before one it was asked for.
 """
 
 import dataclasses
@@ -37,7 +40,7 @@ PHRASES = {
   "which_colour": ("which sign says {char}?", "what colour is the sign with {char}?"),
   "count": ("how many signs are there?", "count the signs."),
   "exists": ("is there a {colour} sign?", "can you see a {colour} sign?"),
-  "where": ("where is the {colour} sign?", "in which corner is the {colour} sign?"),
+  "where": ("where is the {colour} sign?", "is the {colour} sign at the top or at the bottom?"),
   "colours": ("what colours are the signs?", "name the colours of the signs."),
   "transcribe": ("write down every cell.",),  # the dense caption; for training alone
 }
@@ -166,11 +169,9 @@ def as_words(world: World, signs) -> str:
   return " ".join(words)
 
 
-def corner(world: World, cell: int) -> str:
-  """The quadrant of a cell: "top left", ..."""
-  row, column = divmod(cell, world.grid)
-  vertical = "top" if row < world.grid / 2 else "bottom"
-  return f"{vertical} {'left' if column < world.grid / 2 else 'right'}"
+def half(world: World, cell: int) -> str:
+  """The half of the scene in which a cell lies: "top" or "bottom"."""
+  return "top" if cell // world.grid < world.grid / 2 else "bottom"
 
 
 def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Question | None:
@@ -178,24 +179,26 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
   sign = about or signs[rng.integers(len(signs))]
   phrase = PHRASES[kind][rng.integers(len(PHRASES[kind]))]
   if kind == "read_one":
-    return Question(kind, phrase.format(colour=sign.colour), sign.char, sign)
+    return Question(kind, phrase.format(colour=sign.colour), f"{sign.colour} {sign.char}", sign)
   if kind == "read_all":
     return Question(kind, phrase, " ".join(s.char for s in signs))
   if kind == "which_colour":
     # Of a single sign, the colour could be told without reading.
     if len(signs) == 1 or sum(s.char == sign.char for s in signs) > 1:
       return None
-    return Question(kind, phrase.format(char=sign.char), sign.colour, sign)
+    return Question(kind, phrase.format(char=sign.char), f"{sign.char} {sign.colour}", sign)
   if kind == "count":
     return Question(kind, phrase, str(len(signs)))
   if kind == "exists":
     present = {s.colour for s in signs}
     absent = [c for c in world.colours if c not in present]
     if absent and rng.random() < 0.5:  # so that yes and no are equally frequent
-      return Question(kind, phrase.format(colour=absent[rng.integers(len(absent))]), "no")
-    return Question(kind, phrase.format(colour=sign.colour), "yes", sign)
+      colour = absent[rng.integers(len(absent))]
+      return Question(kind, phrase.format(colour=colour), f"{colour} no")
+    return Question(kind, phrase.format(colour=sign.colour), f"{sign.colour} yes", sign)
   if kind == "where":
-    return Question(kind, phrase.format(colour=sign.colour), corner(world, sign.cell), sign)
+    answer = f"{sign.colour} {half(world, sign.cell)}"
+    return Question(kind, phrase.format(colour=sign.colour), answer, sign)
   if kind == "colours":
     return Question(kind, phrase, " ".join(s.colour for s in signs))
   if kind == "transcribe":

@@ -6,13 +6,16 @@ import pathlib
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 
-from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Template, Turn
+from mgjax.checkpoint import load_model
+from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Template, Turn, get_template
 from mgjax.data.images import load_image
 from mgjax.data.tokenize import encode_prompt
-from mgjax.data.tokenizer import Tokenizer
+from mgjax.data.tokenizer import Tokenizer, load_tokenizer
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
+from mgjax.sharding import make_mesh, mesh_context
 
 _HALF = "\ufffd"  # what decoding makes of a character whose bytes are not all there
 
@@ -37,7 +40,6 @@ class TextStream:
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
     self._tokenizer, self._stops = tokenizer, tuple(s for s in stops if s)
-    self._known = tokenizer.vocab_size
     self._ids: list[int] = []
     self._shown = 0  # characters given out
     self.text = ""   # everything so far, up to the first stop string
@@ -45,7 +47,7 @@ class TextStream:
 
   def feed(self, token: int) -> str:
     """The text that this id makes certain; often empty."""
-    if self.stopped or token >= self._known:  # models may have more rows than there are words
+    if self.stopped:
       return ""
     self._ids.append(token)
     # All ids every time: only the tokenizer knows how pieces join, and it is fast.
@@ -153,3 +155,33 @@ class Chat:
     finally:
       ids.close()
       self._turns = [*turns, (GPT, stream.text.rstrip(_HALF).rstrip())]
+
+
+def load_chat(checkpoint: str | pathlib.Path, *, sampling: Sampling = Sampling(),
+              template: Template | None = None, max_length: int | None = None,
+              fit: bool = True) -> Chat:
+  """A conversation with a trained model, on all devices.
+
+      chat = load_chat("work_dirs/demo/stage2")
+      chat.attach("photo.jpg")
+      print("".join(chat.ask("what do the signs say?")))
+
+  Args:
+    checkpoint: folder of a run, or of one of its steps.
+    template, max_length: as in training if None.
+    sampling, fit: see `Chat`.
+
+  Raises FileNotFoundError or CheckpointError, naming the folder.
+  """
+  checkpoint = pathlib.Path(checkpoint)
+  if not checkpoint.exists():
+    raise FileNotFoundError(f"{checkpoint}: no such folder; expected a run's --workdir")
+  # One row at a time: more devices share the layers, not the batch.
+  mesh = make_mesh({"tensor": -1})
+  with mesh_context(mesh):
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    loaded = load_model(checkpoint, mesh, dtype=dtype)
+  engine = Engine(loaded.model, mesh=mesh, max_length=max_length or loaded.max_length)
+  return Chat(engine, load_tokenizer(loaded.tokenizer_dir),
+              template or get_template(loaded.template), aspect=loaded.aspect, sampling=sampling,
+              fit=fit)

@@ -174,7 +174,7 @@ def tool():
 
 
 def test_one_shot_prints_the_answer_alone(tool, engine, monkeypatch, capsys):
-  monkeypatch.setattr(tool, "load_chat", lambda args: make_chat(engine))
+  monkeypatch.setattr(tool, "open_chat", lambda args: make_chat(engine))
   assert tool.main(["--checkpoint", "x", "--prompt", "Hello"]) == 0
   out, err = capsys.readouterr()
   assert out == "".join(make_chat(engine).ask("Hello")) + "\n"
@@ -194,7 +194,7 @@ def test_interactive(tool, engine, monkeypatch, capsys, photo):
       raise EOFError from None
 
   monkeypatch.setattr("builtins.input", read)
-  monkeypatch.setattr(tool, "load_chat", lambda args: chat)
+  monkeypatch.setattr(tool, "open_chat", lambda args: chat)
   assert tool.main(["--checkpoint", "x"]) == 0
   out, err = capsys.readouterr()
   hello = "".join(make_chat(engine).ask("Hello"))
