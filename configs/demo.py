@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
-from mgjax.train.recipes import ALIGN, TUNE, base_config
+from mgjax.train.recipes import ALIGN, base_config, tune
 
 FULL = dict(hr_tower=1300, lr_tower=400, language=1800, stage1=400, stage2=400)
 LENGTH = 128  # a scene and five questions about it
@@ -38,16 +38,16 @@ def get_config(size: str = "full"):
         "captions.json", 64, steps["stage1"], 2e-3, ALIGN, twin,
         (("vision", "lr_tower"), ("decoder", "language")))
     config.runs["stage2" + suffix] = stage(
-        "instruct.json", LENGTH, steps["stage2"], 5e-4, TUNE, twin, (("", "stage1" + suffix),))
+        "instruct.json", LENGTH, steps["stage2"], 5e-4, tune(), twin, (("", "stage1" + suffix),))
   config.order = ("hr_tower", "lr_tower", "language", "stage1", "stage2", "stage1_twin",
                   "stage2_twin")
   config.compare = (("mining", "stage2"), ("low resolution alone", "stage2_twin"))
   return config
 
 
-def run(steps: int, batch_size: int, max_length: int, learning_rate: float):
+def run(steps: int, batch_size: int, max_length: int, learning_rate: float, preset: str = "demo"):
   """What all runs of the demo share."""
-  config = base_config("demo")
+  config = base_config(preset)
   config.steps = steps
   config.data.batch_size, config.data.max_length = batch_size, max_length
   config.data.scan_limit = 1000
@@ -78,11 +78,8 @@ def language(steps: int):
 
 
 def stage(path: str, length: int, steps: int, learning_rate: float, table, twin: bool, init_from):
-  config = run(steps, 32, length, learning_rate)
+  config = run(steps, 32, length, learning_rate, "demo-lr" if twin else "demo")
   config.data.path, config.optimizer.table, config.init_from = path, table, init_from
-  if twin:
-    config.model.vision_hr = None
-    config.optimizer.table = (("^projector/", 1.0), *table[1:])
-  elif table is ALIGN:
+  if table is ALIGN and not twin:
     config.init_from = (("vision_hr", "hr_tower"), *init_from)
   return config

@@ -8,6 +8,9 @@ from mgjax.train.recipes import ALIGN, base_config
 
 
 def get_config(preset: str = "mgm-7b"):
+  if find(preset).model.grid > 1:
+    raise ValueError(f"preset {preset!r}: high definition begins in stage 2; align its namesake "
+                     f"without -hd here, and start configs/stage2.py:{preset} from that")
   config = base_config(preset)
   config.data.path = "data/MGM-Pretrain/mgm_pretrain.json"
   config.data.image_root = "data/MGM-Pretrain"

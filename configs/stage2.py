@@ -4,7 +4,7 @@
         --config.init_from="(('', 'work_dirs/mgm-7b-stage1'),)"
 """
 from mgjax.presets import find
-from mgjax.train.recipes import base_config
+from mgjax.train.recipes import base_config, tune
 
 
 def get_config(preset: str = "mgm-7b"):
@@ -14,7 +14,6 @@ def get_config(preset: str = "mgm-7b"):
   config.data.aspect = "pad"
   config.data.truncate = True
   config.data.batch_size = 128
-  multiplier = find(preset).projector_multiplier
-  config.optimizer.table = (("^(mining|projector)/", multiplier), ("^decoder/", 1.0), ("", None))
+  config.optimizer.table = tune(find(preset).projector_multiplier)
   config.checkpoint.every = 1000
   return config

@@ -4,8 +4,8 @@
   python launch/chat.py --checkpoint RUN --image photo.jpg        # a conversation
 
 With --prompt only the answer goes to the standard output.  Without it every line is a question;
-/image FILE adds a picture to the next one, /clear starts afresh, /exit or Ctrl-D ends, and Ctrl-C
-stops an answer.
+/image FILE adds a picture to the next one, /drop takes it away again, /clear starts afresh, /exit
+or Ctrl-D ends, and Ctrl-C stops an answer.
 """
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import logging
 import pathlib
 import sys
 
-_HELP = "/image FILE adds a picture to the next question, /clear starts afresh, /exit ends"
+_HELP = ("/image FILE adds a picture to the next question, /drop takes it away again, "
+         "/clear starts afresh, /exit ends")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,6 +93,9 @@ def converse(chat) -> None:
       line = input("> ").strip()
     except EOFError:
       return print()
+    except UnicodeDecodeError as error:
+      print(f"error: that line is not UTF-8 ({error})", file=sys.stderr)
+      continue
     except KeyboardInterrupt:  # at the prompt it drops the line, as in a shell
       print()
       continue
@@ -101,6 +105,8 @@ def converse(chat) -> None:
         return
       elif command == "/clear":
         chat.clear()
+      elif command == "/drop":
+        chat.drop()
       elif command == "/image":
         chat.attach(rest.strip())
       elif command.startswith("/"):
@@ -114,12 +120,12 @@ def converse(chat) -> None:
 def expected_errors() -> tuple[type[Exception], ...]:
   """What wrong input raises; anything else is a bug and keeps its traceback."""
   from mgjax.data.images import ImageError
-  return (ImageError, ValueError, KeyError, OSError)
+  return (ImageError, ValueError, OSError)
 
 
 def one_line(error: Exception) -> str:
-  """The message without line breaks (a KeyError's without its quotes)."""
-  return " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+  """The message without line breaks."""
+  return " ".join(str(error).split())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,11 +22,14 @@ def main(argv):
   if _DISTRIBUTED.value:
     import jax
     jax.distributed.initialize()
+  from mgjax.checkpoint import CheckpointError
+  from mgjax.config import ConfigError
   from mgjax.data.sources import DataError
   from mgjax.train.config import run_config
   from mgjax.train.loop import TrainingError, train
 
-  logging.set_verbosity(logging.INFO)
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
   values = _CONFIG.value.to_dict()
   try:
@@ -35,13 +38,18 @@ def main(argv):
       run_demo(values, _WORKDIR.value)
     else:
       train(run_config(values), _WORKDIR.value)
-  except (DataError, TrainingError, ValueError, OSError) as e:
+  except (ConfigError, DataError, CheckpointError, TrainingError, OSError) as e:
     logging.debug("where it came from", exc_info=True)  # --verbosity=1 shows it
     sys.exit(f"error: {e}")
 
 
-if __name__ == "__main__":
+def parse(argv):
+  """Flags and config file; what does not fit is one line."""
   try:
-    app.run(main)
-  except (AttributeError, KeyError, ValueError) as e:  # a flag or config file that does not fit
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, ValueError, TypeError) as e:
     sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)

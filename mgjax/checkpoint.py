@@ -1,19 +1,23 @@
 """Checkpoints: the only place that talks to orbax.
 
 A run's folder holds `config.json` (the resolved run), `tokenizer/`, and `checkpoints/<step>/` with
-the items `state` (step, params, frozen, opt_state) and `data` (the position in the data).
+the items `state` (step, params, frozen, opt_state) and `data` (the position in the data, the same
+for all hosts).
 """
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
@@ -23,6 +27,8 @@ from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
 CONFIG, TOKENIZER, STEPS = "config.json", "tokenizer", "checkpoints"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 class CheckpointError(ValueError):
@@ -34,41 +40,73 @@ class Checkpointer:
 
   def __init__(self, workdir: Path, *, every: int, keep: int):
     self.directory = Path(workdir).absolute() / STEPS
+    self._every, self._keep = every, keep
+    self._open()
+
+  def _open(self) -> None:
     policies = ocp.training
     self._inner = policies.Checkpointer(
         self.directory,
-        save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(every),
-        preservation_policy=policies.preservation_policies.LatestN(keep))
+        save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(self._every),
+        preservation_policy=policies.preservation_policies.LatestN(self._keep))
 
   @property
   def latest(self) -> int | None:
     """Step of the newest complete checkpoint."""
     return self._inner.latest.step if self._inner.latest else None
 
-  def save(self, step: int, state: dict, data: Any, *, force: bool = False) -> None:
-    """Saves in the background if the step is due (or `force`).  Call it *before* the next batch is
-    taken from `data`: the position saved is that of the iterator now."""
+  def save(self, step: int, state: dict, data: dict, *, force: bool = False) -> None:
+    """Saves in the background if the step is due (or `force`).
+
+    data: the position in the data *behind this step's batch*, as plain numbers.
+    """
     if step == self.latest:
       return
     self._inner.save_checkpointables_async(step, dict(state=state, data=data), force=force)
 
-  def restore(self, abstract_state: dict, data: Any) -> dict:
-    """The newest state on the shardings of `abstract_state`; `data` is moved to its position.
+  def restore(self, abstract_state: dict) -> tuple[dict, dict]:
+    """The newest readable state, on the shardings of `abstract_state`, and its place in the data.
 
-    Raises CheckpointError if the checkpoint belongs to another model or is damaged.
+    A damaged checkpoint is put aside for the one before it, with a warning.  Raises CheckpointError
+    if the checkpoint belongs to another model, or if none can be read.
     """
-    folder = self.directory / str(self.latest)
-    _check_shapes(trees.flatten(abstract_state), _saved_shapes(folder), folder)
-    try:
-      return self._inner.load_checkpointables(
-          None, dict(state=abstract_state, data=data))["state"]
-    except Exception as e:
-      raise CheckpointError(f"{folder}: cannot be read ({type(e).__name__}: {_first_line(e)}); "
-                            f"delete that folder to go on from the step before") from e
+    steps = sorted((c.step for c in self._inner.checkpoints), reverse=True)
+    for step in steps:
+      folder = self.directory / str(step)
+      try:
+        saved = _saved_shapes(folder)
+        _check_shapes(trees.flatten(abstract_state), saved, folder, all_of_it=True)
+        got = self._inner.load_checkpointables(step, dict(state=abstract_state, data=None))
+        self._put_aside([s for s in steps if s > step])
+        return got["state"], got["data"]
+      except DamagedCheckpoint as e:
+        logging.warning("%s", e)
+      except CheckpointError:
+        raise
+      except Exception as e:
+        logging.warning("%s: cannot be read (%s: %s)", folder, type(e).__name__, _first_line(e))
+    raise CheckpointError(f"{self.directory}: none of the steps {steps} can be read; start in "
+                          "another workdir, with init_from for what can be saved")
+
+  def _put_aside(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    self._inner.close()
+    if jax.process_index() == 0:
+      aside = self.directory.parent / "damaged"
+      aside.mkdir(exist_ok=True)
+      for step in steps:
+        (self.directory / str(step)).rename(aside / f"{step}-{time.time_ns()}")
+    multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+    self._open()
 
   def close(self) -> None:
     """Waits until what is being saved is on disk."""
     self._inner.close()
+
+
+class DamagedCheckpoint(CheckpointError):
+  """Files of a checkpoint are missing or broken."""
 
 
 def _first_line(e) -> str:
@@ -85,7 +123,7 @@ def resolve(path: str | Path) -> Path:
     if (root / "state").is_dir():
       return root
     if root.is_dir():
-      # A step that was being written when the run died has no commit mark, or a temporary name.
+      # A step that was being written when the run died has a temporary name.
       steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "state").is_dir()]
       if steps:
         return root / str(max(steps))
@@ -95,20 +133,22 @@ def resolve(path: str | Path) -> Path:
 
 def _saved_shapes(folder: Path) -> dict[str, Any]:
   try:
-    metadata = ocp.pytree_metadata(folder / "state").metadata
-  except Exception:
-    try:
-      metadata = ocp.checkpointables_metadata(folder).metadata["state"]
-    except Exception as e:
-      raise CheckpointError(f"{folder}: not a readable checkpoint ({_first_line(e)})") from e
-  return trees.flatten(metadata)
+    return trees.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
+  except Exception as e:
+    raise DamagedCheckpoint(f"{folder}: not a readable checkpoint ({type(e).__name__}: "
+                            f"{_first_line(e)})") from e
 
 
-def _check_shapes(wanted: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+def _check_shapes(wanted: dict[str, Any], saved: dict[str, Any], folder: Path, *,
+                  all_of_it: bool = False) -> None:
   missing = [k for k in wanted if k not in saved]
   if missing:
     raise CheckpointError(f"{folder}: {missing[0]} is not in it ({len(missing)} such); it belongs "
                           "to a model or a stage of another shape")
+  extra = [k for k in saved if k not in wanted] if all_of_it else []
+  if extra:
+    raise CheckpointError(f"{folder}: it holds {extra[0]}, which this config has not ({len(extra)} "
+                          "such); it belongs to a model or a stage of another shape")
   for k, v in wanted.items():
     if tuple(saved[k].shape) != tuple(v.shape):
       raise CheckpointError(f"{folder}: {k} has shape {tuple(saved[k].shape)} there and "
@@ -152,11 +192,32 @@ def parameter_paths(path: str | Path) -> list[str]:
 
 def write_run(workdir: Path, config: dict, tokenizer_dir: str | Path) -> None:
   """Puts the resolved config and a copy of the tokenizer beside the checkpoints."""
-  workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
   if not (workdir / TOKENIZER).exists():
-    shutil.copytree(tokenizer_dir, workdir / TOKENIZER)
+    unfinished = workdir / f"{TOKENIZER}.part"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for name in TOKENIZER_FILES:  # the folder may hold a whole model as well
+      if (Path(tokenizer_dir) / name).is_file():
+        shutil.copy(Path(tokenizer_dir) / name, unfinished)
+    unfinished.rename(workdir / TOKENIZER)
+  unfinished = workdir / f"{CONFIG}.part"
+  unfinished.write_text(json.dumps(config, indent=2) + "\n")
+  unfinished.rename(workdir / CONFIG)
+
+
+def read_run(path: str | Path) -> tuple[Path, dict]:
+  """A checkpoint (see `resolve`) -> the folder of its step, and the run's config.json.
+
+  Raises CheckpointError where there is none.
+  """
+  step_dir = resolve(path)
+  config = step_dir.parent.parent / CONFIG
+  try:
+    return step_dir, json.loads(config.read_text())
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"{config}: cannot be read ({_first_line(e)}); a checkpoint is a run's "
+                          f"folder, or <run>/{STEPS}/<step> within it") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,17 +230,13 @@ class LoadedModel:
   template: str
   aspect: str
   max_length: int
-  step: int
 
 
 def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedModel:
   """A trained model ready to answer, its parameters in `dtype` on `mesh`.  Call it inside
   `mesh_context(mesh)`.  Raises CheckpointError."""
-  step_dir = resolve(path)
-  workdir = step_dir.parent.parent if step_dir.parent.name == STEPS else step_dir.parent
-  if not (workdir / CONFIG).is_file():
-    raise CheckpointError(f"{workdir}: {CONFIG} is missing; expected a run folder")
-  run = json.loads((workdir / CONFIG).read_text())
+  step_dir, run = read_run(path)
+  workdir = step_dir.parent.parent
   if run["objective"] != "language":
     raise CheckpointError(f"{workdir}: this run trained a tower alone ({run['objective']}); "
                           "it cannot answer")
@@ -194,7 +251,7 @@ def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedMod
       model=nnx.merge(graphdef, params), config=config, tokenizer_dir=workdir / TOKENIZER,
       template=run["chat_template"] or data["template"],
       aspect=run["chat_aspect"] or data["aspect"],
-      max_length=data["max_length"], step=int(step_dir.name))
+      max_length=data["max_length"])
 
 
 def abstract_params(build, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

@@ -9,6 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 
+class ConfigError(ValueError):
+  """A setting that does not exist, has no such value, or does not fit the others."""
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+  """Raises ConfigError naming the first field of `config` below `least` (nan counts as below)."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and not value >= least:
+      raise ConfigError(f"{type(config).__name__}: {name} is {value}, expected at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipVitConfig:
   """Low-resolution tower: a CLIP ViT (R1.2).  Defaults: openai/clip-vit-large-patch14-336."""
@@ -23,13 +35,14 @@ class ClipVitConfig:
   select_layer: int = -2  # index into the depth+1 hidden states; -2 leaves the last block unused
 
   def __post_init__(self):
+    at_least(self, 1, "image_size", "patch_size", "width", "depth", "heads", "mlp_width")
     if self.image_size % self.patch_size:
-      raise ValueError(f"clip: image_size {self.image_size} is not a multiple of patch_size "
+      raise ConfigError(f"clip: image_size {self.image_size} is not a multiple of patch_size "
                        f"{self.patch_size}")
     if self.width % self.heads:
-      raise ValueError(f"clip: width {self.width} is not a multiple of heads {self.heads}")
+      raise ConfigError(f"clip: width {self.width} is not a multiple of heads {self.heads}")
     if not -self.depth - 1 <= self.select_layer <= self.depth:
-      raise ValueError(f"clip: select_layer {self.select_layer} is outside the "
+      raise ConfigError(f"clip: select_layer {self.select_layer} is outside the "
                        f"{self.depth + 1} hidden states")
 
   @property
@@ -53,8 +66,10 @@ class ConvNextConfig:
   drop_path: float = 0.0  # rate of the last block, rising linearly from 0; the recipe trains at 0.1
 
   def __post_init__(self):
-    if len(self.depths) != len(self.widths):
-      raise ValueError(f"convnext: {len(self.depths)} depths for {len(self.widths)} widths")
+    if len(self.depths) != len(self.widths) or not self.depths:
+      raise ConfigError(f"convnext: {len(self.depths)} depths for {len(self.widths)} widths")
+    if not 0 <= self.drop_path < 1:
+      raise ConfigError(f"convnext: drop_path is {self.drop_path}, expected 0 <= drop_path < 1")
 
   @property
   def features(self) -> int:
@@ -87,8 +102,12 @@ class DecoderConfig:
   rope_theta: float = 10000.0
 
   def __post_init__(self):
+    at_least(self, 1, "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_width")
+    if self.head_dim % 2:
+      raise ConfigError(f"decoder: head_dim {self.head_dim} is odd; RoPE turns pairs")
     if self.heads % self.kv_heads:
-      raise ValueError(f"decoder: heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+      raise ConfigError(f"decoder: heads {self.heads} is not a multiple of kv_heads "
+                        f"{self.kv_heads}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +123,14 @@ class ModelConfig:
   projector_depth: int = 2  # mlp{N}x_gelu; 1 is a single linear layer
 
   def __post_init__(self):
-    if self.grid < 1:
-      raise ValueError(f"model: grid must be at least 1, got {self.grid}")
+    at_least(self, 1, "grid", "hr_size", "projector_depth")
     if self.global_view and self.grid == 1:
-      raise ValueError("model: global_view needs grid >= 2 (with grid 1 the view is the image)")
-    if self.projector_depth < 1:
-      raise ValueError(f"model: projector_depth must be at least 1, got {self.projector_depth}")
+      raise ConfigError("model: global_view needs grid >= 2 (with grid 1 the view is the image)")
     if self.vision_hr is not None:
       cells = self.vision.side * self.grid
       stride = self.vision_hr.total_stride
       if self.hr_size % (self.vision_hr.stride * cells) or self.hr_size % stride:
-        raise ValueError(
+        raise ConfigError(
             f"model: hr_size {self.hr_size} must be a multiple of {stride} (the last ConvNeXt "
             f"stage) and of {self.vision_hr.stride * cells} (so that each of {cells} LR tokens a "
             "side owns a whole window)")
@@ -140,19 +156,23 @@ def build(cls, values: Any, where: str) -> Any:
   if isinstance(values, cls):
     return values
   if isinstance(values, tuple | list):  # a row of a table, by position
-    values = dict(zip((f.name for f in dataclasses.fields(cls)), values, strict=False))
+    names = [f.name for f in dataclasses.fields(cls)]
+    if len(values) > len(names):
+      raise ConfigError(f"{where} is {values!r}; expected at most {len(names)} entries: "
+                        f"{', '.join(names)}")
+    values = dict(zip(names, values))
   if not isinstance(values, Mapping):
-    raise ValueError(f"{where} is {values!r}; expected the fields of {cls.__name__}")
+    raise ConfigError(f"{where} is {values!r}; expected the fields of {cls.__name__}")
   hints = typing.get_type_hints(cls)
   for key in values:
     if key not in hints:
       near = difflib.get_close_matches(key, hints, 1)
       hint = f"did you mean {where}.{near[0]}?  " if near else ""
-      raise ValueError(f"{where}.{key} does not exist; {hint}There are: {', '.join(hints)}")
+      raise ConfigError(f"{where}.{key} does not exist; {hint}There are: {', '.join(hints)}")
   missing = [f.name for f in dataclasses.fields(cls) if f.name not in values
              and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
   if missing:
-    raise ValueError(f"{where} needs {', '.join(missing)}")
+    raise ConfigError(f"{where} needs {', '.join(missing)}")
   return cls(**{k: _convert(hints[k], v, f"{where}.{k}") for k, v in values.items()})
 
 
@@ -165,10 +185,14 @@ def _convert(hint, value, where):
   if dataclasses.is_dataclass(hint):
     return build(hint, value, where)
   if origin is tuple:
+    if not isinstance(value, tuple | list):
+      raise ConfigError(f"{where} is {value!r}; expected a tuple (one entry ends in a comma: (x,))")
     inner = [args[0]] * len(value) if args[1:] == (...,) else args
+    if len(inner) != len(value):
+      raise ConfigError(f"{where} is {value!r}; expected {len(inner)} entries, got {len(value)}")
     return tuple(_convert(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
-  if hint is float and isinstance(value, int):
+  if hint is float and type(value) is int:
     return float(value)
-  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
+  if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+    raise ConfigError(f"{where} is {value!r}; expected {hint.__name__}")
   return value

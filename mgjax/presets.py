@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
+from mgjax.config import ClipVitConfig, ConfigError, ConvNextConfig, DecoderConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,15 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+# The baseline of the paper's ablation: the low-resolution tower alone, as many visual tokens.
+PRESETS |= {f"{name}-lr": dataclasses.replace(p, model=dataclasses.replace(p.model, vision_hr=None))
+            for name, p in PRESETS.items()}
+
+
 def find(name: str) -> Preset:
-  """The preset of that name.  Raises ValueError naming the nearest and all the others."""
+  """The preset of that name.  Raises ConfigError naming the nearest and all the others."""
   if name in PRESETS:
     return PRESETS[name]
   near = difflib.get_close_matches(name, PRESETS, 1)
   hint = f"did you mean {near[0]!r}?  " if near else ""
-  raise ValueError(f"preset {name!r} does not exist; {hint}There are: {', '.join(PRESETS)}")
+  raise ConfigError(f"preset {name!r} does not exist; {hint}There are: {', '.join(PRESETS)}")

@@ -10,6 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgjax.config import ConfigError, DecoderConfig
+
 AXES = ("data", "fsdp", "tensor", "expert")
 
 # Logical name -> mesh axes.  Weights shard their model axis over fsdp, activations their batch.
@@ -26,16 +28,18 @@ RULES = {
 def make_mesh(shape: dict[str, int] | tuple[int, ...] = (1, 1, 1, 1), devices=None) -> Mesh:
   """Mesh with axes AXES.  One entry may be -1: it takes what the other axes leave.
 
-  Raises ValueError if the axes do not multiply to the number of devices.
+  Raises ConfigError if the axes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
+  if isinstance(shape, dict) and (unknown := sorted(set(shape) - set(AXES))):
+    raise ConfigError(f"mesh: no axis {unknown[0]!r}; there are {', '.join(AXES)}")
   sizes = tuple(shape.get(a, 1) for a in AXES) if isinstance(shape, dict) else tuple(shape)
   known = math.prod(s for s in sizes if s != -1)
   if sizes.count(-1) == 1 and known and len(devices) % known == 0:
     sizes = tuple(len(devices) // known if s == -1 else s for s in sizes)
   if math.prod(sizes) != len(devices) or min(sizes) < 1:
     asked = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes))
-    raise ValueError(
+    raise ConfigError(
         f"mesh: {asked} does not cover the {len(devices)} devices present; the sizes must multiply "
         f"to {len(devices)} (one of them may be -1, e.g. --config.mesh.fsdp=-1)")
   # Auto has to be asked for: under the default (Explicit) FSDP weights collide with FSDP batches.
@@ -59,6 +63,15 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
+def check_heads(config: DecoderConfig, mesh: Mesh) -> None:
+  """Raises ConfigError if the tensor axis would cut an attention head."""
+  ways = mesh.shape["tensor"]
+  for name in ("heads", "kv_heads"):
+    if (count := getattr(config, name)) % ways:
+      raise ConfigError(f"mesh: tensor={ways} does not divide the {count} {name} of the decoder; "
+                        f"use a divisor of {math.gcd(config.heads, config.kv_heads)}")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over the axes that carry the batch; other dimensions whole."""
   return NamedSharding(mesh, spec("batch"))
@@ -73,7 +86,7 @@ def shardings_of(tree, mesh: Mesh):
   """NamedShardings of an abstract tree made by `nnx.eval_shape` inside the mesh.
 
   A dimension that its mesh axes do not divide stays whole (a bias of 7 on 2 devices).
-  Raises ValueError if more than 2 % of the bytes that the mesh could shard stay unsharded.
+  Raises ConfigError if more than 2 % of the bytes that the mesh could shard stay unsharded.
   """
   def leaf(s):
     parts = tuple(s.sharding.spec) if s.sharding is not None else ()
@@ -96,7 +109,7 @@ def _divides(mesh, axes, size) -> bool:
 
 
 def _refuse_unsharded(tree, shardings, mesh):
-  if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+  if math.prod(mesh.shape[a] for a in AXES if a != "data") == 1:
     return
   total = whole = 0
   worst = (0, "")
@@ -108,7 +121,7 @@ def _refuse_unsharded(tree, shardings, mesh):
       worst = max(worst, (size, jax.tree_util.keystr(path, simple=True, separator="/")))
   # Small models are mostly norms and biases; below 64 MiB nobody pays for a copy on every device.
   if whole > 0.02 * total and whole > 64 * 2**20:
-    raise ValueError(
+    raise ConfigError(
         f"mesh {dict(mesh.shape)} leaves {whole / total:.0%} of the parameter bytes whole on every "
         f"device (largest: {worst[1]}, {worst[0] / 2**20:.0f} MiB); choose fsdp and tensor sizes "
         "that divide the model's width, heads and vocabulary")

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
+from mgjax.config import ConfigError
+
 IMAGE_TAG = "<image>"
 HUMAN, GPT = "human", "gpt"  # the two roles of a LLaVA file
 Turn = tuple[str, str]       # (role, text)
@@ -73,12 +75,21 @@ class Segment:
 
 
 def get_template(name: str) -> Template:
-  """The template of that name; KeyError naming the nearest one otherwise."""
+  """The template of that name; ConfigError naming the nearest one otherwise."""
   if name in TEMPLATES:
     return TEMPLATES[name]
   near = difflib.get_close_matches(name, TEMPLATES, n=1)
   hint = f"did you mean {near[0]!r}? " if near else ""
-  raise KeyError(f"no conversation template {name!r}: {hint}known are {', '.join(TEMPLATES)}")
+  raise ConfigError(f"no conversation template {name!r}: {hint}known are {', '.join(TEMPLATES)}")
+
+
+def control_tokens(template: Template, special: Sequence[str], eos: str) -> tuple[str, ...]:
+  """Those of a tokenizer's special tokens that shape a conversation: in a turn they would end it or
+  begin another."""
+  frame = "".join(getattr(template, field) for field in (
+      "opening", "user_start", "user_end", "assistant_start", "answer_start", "answer_end",
+      "between"))
+  return tuple(token for token in special if token == eos or token in frame)
 
 
 def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:

@@ -33,23 +33,30 @@ def resolve_image(root: str | os.PathLike, relative: str) -> pathlib.Path:
   data are followed (R3.1): a missing OCR picture is looked for as .png, and both Visual Genome
   folders are one folder `images`.  Raises ImageError (path_escape, missing_image).
   """
-  if "ocr" in relative:
-    if not os.path.exists(os.path.join(root, relative)):
-      relative = relative.replace(".jpg", ".png")
-  elif "VG_100K" in relative:
-    relative = relative.replace("VG_100K_2", "images").replace("VG_100K", "images")
   parts = pathlib.PurePath(relative)
-  if not relative or parts.is_absolute() or ".." in parts.parts or "\0" in relative:
+  plain = relative.isprintable() and not parts.is_absolute() and ".." not in parts.parts
+  if not relative or not plain:
     raise ImageError("path_escape", f"image path {relative!r} is not a plain path below the image "
                                     "folder; write it relative to the folder, without '..'")
   base = os.path.realpath(root)
-  path = os.path.realpath(os.path.join(base, relative))
-  if os.path.commonpath((base, path)) != base:
-    raise ImageError("path_escape", f"image {relative!r} leads out of the image folder {base} (to "
-                                    f"{path}); copy the file into the folder")
-  if not os.path.isfile(path):
-    raise ImageError("missing_image", f"image {relative!r} is not in {base}")
-  return pathlib.Path(path)
+  names = dict.fromkeys((relative, _alias(relative)))
+  for name in names:
+    path = os.path.realpath(os.path.join(base, name))
+    if os.path.commonpath((base, path)) != base:
+      raise ImageError("path_escape", f"image {name!r} leads out of the image folder {base} (to "
+                                      f"{path}); copy the file into the folder")
+    if os.path.isfile(path):
+      return pathlib.Path(path)
+  also = "".join(f", nor is {name!r}" for name in list(names)[1:])
+  raise ImageError("missing_image", f"image {relative!r} is not in {base}{also}; fetch it, or set "
+                                    "config.data.image_root to the folder that holds it")
+
+
+def _alias(relative: str) -> str:
+  """Where the released data may keep that picture instead."""
+  if "ocr" in relative:
+    return relative.replace(".jpg", ".png")
+  return relative.replace("VG_100K_2", "images").replace("VG_100K", "images")
 
 
 def check_header(path: str | os.PathLike, aspect: str = "pad", size: int = 0) -> tuple[int, int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
-from mgjax.data.conversation import get_template, render
+from mgjax.config import ConfigError, at_least
+from mgjax.data.conversation import control_tokens, get_template, render
 from mgjax.data.images import ASPECTS, ImageError, load_image, resolve_image
 from mgjax.data.sources import (
     DataError,
@@ -22,9 +24,12 @@ from mgjax.data.sources import (
     prepare_turns,
     scan,
 )
-from mgjax.data.tokenize import Expanded, Tokenizer, expand, tokenize_conversation
+from mgjax.data.tokenize import Expanded, expand, tokenize_conversation
+from mgjax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+REPAIR = ("Repair or remove them, or train without them: --config.data.on_error=skip leaves them "
+          "out and counts them.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +57,11 @@ class DataConfig:
     for name, value, allowed in (("aspect", self.aspect, ASPECTS),
                                  ("on_error", self.on_error, ("stop", "skip"))):
       if value not in allowed:
-        raise ValueError(f"data: {name} is {value!r}, expected one of {', '.join(allowed)}")
-    for name, least in (("max_length", 2), ("hr_size", 1), ("tokens_per_image", 1),
-                        ("images_per_row", 0), ("batch_size", 1), ("workers", 0), ("threads", 1),
-                        ("scan_limit", 0)):
-      if getattr(self, name) < least:
-        raise ValueError(f"data: {name} is {getattr(self, name)}, expected at least {least}")
+        raise ConfigError(f"data: {name} is {value!r}, expected one of {', '.join(allowed)}")
+    at_least(self, 2, "max_length")
+    at_least(self, 1, "hr_size", "tokens_per_image", "batch_size", "threads")
+    at_least(self, 0, "images_per_row", "workers", "scan_limit")
+    get_template(self.template)
 
 
 def make_pipeline(config: DataConfig, tokenizer: Tokenizer, *, host: int = 0,
@@ -68,10 +72,10 @@ def make_pipeline(config: DataConfig, tokenizer: Tokenizer, *, host: int = 0,
   batch_size does not divide among the hosts.
   """
   if config.batch_size % hosts:
-    raise ValueError(f"data: batch_size {config.batch_size} does not divide among {hosts} hosts; "
+    raise ConfigError(f"data: batch_size {config.batch_size} does not divide among {hosts} hosts; "
                      f"use a multiple of {hosts}")
   if not 0 <= host < hosts:
-    raise ValueError(f"data: host {host} is outside 0..{hosts - 1}")
+    raise ConfigError(f"data: host {host} is outside 0..{hosts - 1}")
   template = get_template(config.template)
   samples, unread = load_samples(config.path)
   loader = Loader(config, tokenizer, samples)
@@ -79,7 +83,8 @@ def make_pipeline(config: DataConfig, tokenizer: Tokenizer, *, host: int = 0,
                 slots=config.images_per_row, aspect=config.aspect, hr_size=config.hr_size,
                 known=unread, scan_limit=config.scan_limit, measure=loader.measure)
   if report.problems and (config.on_error == "stop" or not len(report.kept)):
-    raise DataError.of(report.problems, len(samples))
+    raise DataError.of(report.problems, len(samples), REPAIR if config.on_error == "stop" else
+                       "None is left to train on: is config.data.image_root the right folder?")
   return Pipeline(config, loader, report, host, hosts)
 
 
@@ -105,6 +110,11 @@ class Pipeline:
   def samples(self) -> Sequence[Sample]:
     """All records of the file, the unusable ones included."""
     return self.loader.samples
+
+  @property
+  def fingerprint(self) -> int:
+    """Differs where the samples, and so their order, do."""
+    return zlib.crc32(self.report.kept.tobytes(), len(self.samples))
 
   @property
   def steps_per_epoch(self) -> int:
@@ -144,18 +154,25 @@ class Loader:
 
   def __call__(self, index: int) -> Batch | Problem:
     sample, c = self.samples[index], self.config
-    try:
-      text = self.tokenize(sample)
+    text, problem = self._read(sample)
+    if not problem:
       images = np.zeros((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)  # [S, H, H, 3]
-      for slot, image in enumerate(sample.images):
-        images[slot] = load_image(resolve_image(c.image_root, image), c.hr_size, c.aspect)
-    except ImageError as error:
-      problem = error.kind, error.message
-    else:
-      if not (problem := self._judge(text)):
-        return {**_pad(text, c.max_length, self.tokenizer.pad_id), "images": images,
-                "sample_index": np.int32(index), "truncated": np.bool_(text.truncated)}
-    return Problem(problem[0], c.path, sample.index, sample.id, problem[1])
+      try:
+        for slot, image in enumerate(sample.images):
+          images[slot] = load_image(resolve_image(c.image_root, image), c.hr_size, c.aspect)
+      except ImageError as error:
+        problem = error.kind, error.message
+    if problem:
+      return Problem(problem[0], c.path, sample.index, sample.id, problem[1])
+    return self._row(text) | {"images": images, "sample_index": np.int32(index),
+                              "truncated": np.bool_(text.truncated)}
+
+  def empty_row(self, index: int) -> Batch:
+    """What stands in a batch for a sample that failed: padding alone, nothing to learn."""
+    c, none = self.config, np.zeros(0, np.int32)
+    images = np.zeros((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)
+    return self._row(Expanded(none, none, none, none.astype(bool))) | {
+        "images": images, "sample_index": np.int32(index), "truncated": np.bool_(False)}
 
   def tokenize(self, sample: Sample) -> Expanded:
     """The sample's text, expanded and, where that is allowed, cut to max_length."""
@@ -167,8 +184,22 @@ class Loader:
 
   def measure(self, sample: Sample) -> tuple[bool, tuple[str, str] | None]:
     """(is it truncated, (kind, message) or None) from the text alone."""
-    text = self.tokenize(sample)
-    return text.truncated, self._judge(text)
+    text, problem = self._read(sample)
+    return bool(text and text.truncated), problem
+
+  def _read(self, sample: Sample) -> tuple[Expanded | None, tuple[str, str] | None]:
+    """The sample's text, and what is wrong with it."""
+    template = get_template(self.config.template)
+    control = control_tokens(template, self.tokenizer.special, self.tokenizer.eos)
+    for i, (_, turn) in enumerate(sample.turns):
+      if found := [token for token in control if token in turn]:
+        return None, ("control_token", f"turn {i} holds {found[0]!r}, which ends or begins a turn; "
+                                       "write it otherwise")
+    try:
+      text = self.tokenize(sample)
+    except ValueError as error:
+      return None, ("format", str(error))
+    return text, self._judge(text)
 
   def _judge(self, text: Expanded) -> tuple[str, str] | None:
     if len(text.tokens) > self.config.max_length:
@@ -179,55 +210,67 @@ class Loader:
       return "no_target", f"no tokens to learn{cut}"
     return None
 
+  def _row(self, text: Expanded) -> Batch:
+    """One sample's text as a row: [N] -> [L]."""
+    n, pad_id = len(text.tokens), self.tokenizer.pad_id
 
-def _pad(text: Expanded, length: int, pad_id: int) -> Batch:
-  """One sample as a row: [N] -> [L]."""
-  n = len(text.tokens)
-
-  def row(values, fill, dtype=np.int32):
-    return np.pad(np.asarray(values, dtype), (0, length - n), constant_values=fill)
-  return {"tokens": row(text.tokens, pad_id), "visual_index": row(text.visual_index, -1),
-          "segment_ids": row(np.ones(n), 0), "positions": row(np.arange(n), 0),
-          "targets": row(text.targets, pad_id), "loss_mask": row(text.loss_mask, False, bool)}
+    def row(values, fill, dtype=np.int32):
+      return np.pad(np.asarray(values, dtype), (0, self.config.max_length - n),
+                    constant_values=fill)
+    return {"tokens": row(text.tokens, pad_id), "visual_index": row(text.visual_index, -1),
+            "segment_ids": row(np.ones(n), 0), "positions": row(np.arange(n), 0),
+            "targets": row(text.targets, pad_id), "loss_mask": row(text.loss_mask, False, bool)}
 
 
-class BatchIterator(grain.DatasetIterator):
-  """Full batches, in an order that depends on the seed and the data alone.
+class BatchIterator:
+  """Batches in an order that depends on the seed and the data alone.
 
   The state is the number of samples of the whole stream read so far, so that a run resumes at the
-  right one with any number of workers, and of hosts as long as they divide batch_size.  Dropped
-  and truncated samples are counted in `counts`, which is part of the state.
+  right one with any number of workers, and of hosts as long as they divide batch_size.  A sample
+  that fails only now (a picture whose end is missing) leaves its row empty: every host stands at
+  the same sample whatever the others met.  Such and truncated samples are counted in `counts`,
+  which is part of the state.
   """
 
   def __init__(self, pipeline: Pipeline):
-    super().__init__()
     self._pipeline = pipeline
-    self._read = 0  # examples of this host, dropped ones included
+    self._read = 0  # examples of this host, failed ones included
     self._examples = None
+    self._barren = 0  # rows since the last that was of use
     self.counts: collections.Counter[str] = collections.Counter()
+
+  def __iter__(self) -> BatchIterator:
+    return self
 
   def __next__(self) -> Batch:
     p, c = self._pipeline, self._pipeline.config
     if self._examples is None:
       self._examples = iter(p.stream(self._read))
-    rows, dropped = [], 0
-    while len(rows) < c.batch_size // p.hosts:
+    rows, failed = [], []
+    for _ in range(c.batch_size // p.hosts):
       example = next(self._examples)
-      self._read += 1
-      if not isinstance(example, Problem):
-        rows.append(example)
-        continue
-      dropped += 1
-      if c.on_error == "stop" or dropped > len(p.report.kept):
-        raise DataError.of([example], len(p.samples))
-      self.counts[example.kind] += 1
+      if isinstance(example, Problem):
+        failed.append(example)
+        example = p.loader.empty_row(example.index)
+      rows.append(example)
+    if failed and c.on_error == "stop":
+      self.close()  # the position stays before this batch
+      raise DataError.of(failed, len(p.samples), REPAIR)
+    self._barren = self._barren + len(failed) if len(failed) == len(rows) else 0
+    if self._barren > len(p.report.kept):
+      raise DataError.of(failed, len(p.samples), "No sample of the whole set can be used.")
+    for problem in failed:
+      logging.warning("left out: %s", problem)
+      self.counts[problem.kind] += 1
+    self._read += len(rows)
     batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     self.counts["truncated"] += int(batch.pop("truncated").sum())
     return batch
 
   def get_state(self) -> dict[str, Any]:
     """What a checkpoint keeps."""
-    return {"samples": self._read * self._pipeline.hosts, "counts": dict(self.counts)}
+    return {"samples": self._read * self._pipeline.hosts, "counts": dict(self.counts),
+            "fingerprint": self._pipeline.fingerprint}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues where `state` was taken."""
@@ -235,16 +278,15 @@ class BatchIterator(grain.DatasetIterator):
     if rest:
       raise ValueError(f"data: the checkpoint stands at sample {state['samples']}, which "
                        f"{self._pipeline.hosts} hosts cannot share; use a divisor of it")
-    self.stop()
+    if state["fingerprint"] != self._pipeline.fingerprint:
+      logging.warning("%s: its usable samples are others than at sample %d, where the checkpoint "
+                      "was saved; from here on they come in another order",
+                      self._pipeline.config.path, state["samples"])
+    self.close()
     self._read, self.counts = read, collections.Counter(state["counts"])
 
-  def stop(self) -> None:
-    """Ends threads and worker processes; the next batch starts new ones."""
+  def close(self) -> None:
+    """Ends threads and worker processes; a further batch would start new ones."""
     if self._examples is not None:
       self._examples.close()
     self._examples = None
-
-  def close(self) -> None:
-    """Ends threads and worker processes for good."""
-    self.stop()
-    super().close()

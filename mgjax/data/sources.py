@@ -37,8 +37,8 @@ class Sample:
 class Problem:
   """Why a sample cannot be trained on.
 
-  `kind` is one of: format, roles, empty_answer, plain_turns, image_count, path_escape,
-  missing_image, broken_image, too_long, no_target.
+  `kind` is one of: format, roles, empty_answer, plain_turns, image_count, control_token,
+  path_escape, missing_image, broken_image, too_long, no_target.
   """
 
   kind: str
@@ -62,14 +62,19 @@ class DataError(Exception):
     return self.args[0]
 
   @classmethod
-  def of(cls, problems: Sequence[Problem], total: int) -> DataError:
-    """One error for all `problems` among `total` samples: counts, the first few, a way out."""
+  def of(cls, problems: Sequence[Problem], total: int, way_out: str) -> DataError:
+    """One error for all `problems` among `total` samples: counts, some of each kind, a way out."""
     kinds = collections.Counter(p.kind for p in problems)
     counts = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
-    first = "".join(f"\n  {p}" for p in problems[:5])
-    more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return cls(f"{len(problems)} of {total} samples cannot be used ({counts}):{first}{more}\n"
-               "Repair or remove them, or set on_error='skip' to train without them.", problems)
+    seen: collections.Counter[str] = collections.Counter()
+    shown = []
+    for problem in problems:
+      seen[problem.kind] += 1
+      if seen[problem.kind] <= 2:
+        shown.append(f"\n  {problem}")
+    more = f"\n  ... and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    return cls(f"{len(problems)} of {total} samples cannot be used ({counts}):"
+               f"{''.join(shown)}{more}\n{way_out}", problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +122,27 @@ class _BadLine(str):
 
 
 def _read(path: pathlib.Path) -> list:
-  with open(path, encoding="utf-8-sig") as file:
-    start = file.read(4096).lstrip()[:1]
+  with open(path, "rb") as file:
+    head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     try:
-      if start == "[":
-        return json.load(file)
-      if start == "{":
-        return [_read_line(line, number) for number, line in enumerate(file, 1) if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+      if head.startswith(b"["):
+        return json.loads(file.read().decode("utf-8-sig"))
+      if head.startswith(b"{"):
+        lines = [_read_line(line, n) for n, line in enumerate(file, 1) if line.strip()]
+        if isinstance(lines[0], _BadLine) and len(lines) > 1 and isinstance(lines[1], _BadLine):
+          raise ValueError(f"{lines[0]}; one object over several lines is no list of samples")
+        return lines
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
       raise DataError(f"{path}: not valid JSON ({error}); was the download cut short?") from error
-  raise DataError(f"{path}: starts with {start!r}; expected a JSON list or one JSON object a line")
+  raise DataError(f"{path}: starts with {head[:1]!r}; expected a JSON list or one JSON object a "
+                  "line, in UTF-8")
 
 
-def _read_line(line: str, number: int) -> object:
+def _read_line(line: bytes, number: int) -> object:
   try:
-    return json.loads(line)
-  except json.JSONDecodeError as error:
+    return json.loads(line.decode("utf-8-sig"))
+  except (ValueError, RecursionError) as error:
     return _BadLine(f"line {number} is not valid JSON ({error})")
 
 
@@ -141,6 +150,8 @@ def _to_sample(index: int, record: object) -> Sample:
   """ValueError where the record has not the shape of a LLaVA sample."""
   if not isinstance(record, dict):
     raise ValueError(f"a sample is a {type(record).__name__}, expected an object")
+  if "images" in record and "image" not in record:
+    raise ValueError('the key is "images", expected "image" (a path or a list of paths)')
   images = record.get("image")
   images = () if images is None else (images,) if isinstance(images, str) else images
   if not isinstance(images, list | tuple) or not all(isinstance(i, str) for i in images):
@@ -182,14 +193,16 @@ def check_structure(sample: Sample, template: Template, slots: int) -> tuple[str
   if empty := [i for i, (_, text) in enumerate(turns) if i % 2 and not text.strip()]:
     return "empty_answer", f"the answer in turn {empty[0]} is empty"
   images = len(sample.images)
-  if template.caption_only and (len(turns) != 2 or images != 1):
-    return "plain_turns", (f"template {template.name!r} takes one image, one question and one "
-                           f"answer; got {images} images and {len(turns)} turns")
+  if template.caption_only and (len(turns) != 2 or images != 1 or IMAGE_TAG in turns[1][1]):
+    return "plain_turns", (f"template {template.name!r} takes one image, one question with its "
+                           f"{IMAGE_TAG} and one answer; got {images} images and {len(turns)} "
+                           "turns")
   if images > slots:
     return "image_count", f"{images} images, but a row has {slots} slots; raise images_per_row"
-  tags = sum(text.count(IMAGE_TAG) for _, text in prepare_turns(sample)) if images else 0
+  tags = sum(text.count(IMAGE_TAG) for _, text in prepare_turns(sample))
   if tags != images:
-    return "image_count", f"{images} images but {tags} {IMAGE_TAG} tags"
+    return "image_count", (f"{images} images but {tags} {IMAGE_TAG} tags; write one tag an image, "
+                           'and name the file under "image"')
   return None
 
 

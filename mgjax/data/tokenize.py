@@ -15,10 +15,7 @@ from mgjax.data.conversation import (
     check_turns,
     render,
 )
-from mgjax.data.tokenizer import Tokenizer, load_tokenizer
-
-__all__ = ["IMAGE_ID", "Expanded", "Prompt", "Tokenized", "Tokenizer", "encode_prompt", "expand",
-           "load_tokenizer", "tokenize_conversation"]
+from mgjax.data.tokenizer import Tokenizer
 
 IMAGE_ID = -200  # stands for one image in `Tokenized.ids`; never reaches the device
 
@@ -53,7 +50,7 @@ class Expanded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
   """A prompt for generation: `ids` [M] with IMAGE_ID, `tokens` and `visual_index` int32 [N]."""
 
   text: str
@@ -119,7 +116,7 @@ def expand(tokenized: Tokenized, tokens_per_image: int, *, filler: int = 0,
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], images: int,
-                  tokens_per_image: int) -> Prompt:
+                  tokens_per_image: int) -> EncodedPrompt:
   """The prompt that asks for the next answer.
 
   `turns` are (role, text) pairs that end with the human's question.  Where no turn holds an
@@ -143,8 +140,8 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
   if tokenized.images != images:
     raise ValueError(f"template {template.name!r} keeps {tokenized.images} of {images} images")
   expanded = expand(tokenized, tokens_per_image)
-  return Prompt("".join(s.text for s in segments), tokenized.ids, expanded.tokens,
-                expanded.visual_index)
+  return EncodedPrompt("".join(s.text for s in segments), tokenized.ids, expanded.tokens,
+                       expanded.visual_index)
 
 
 def _number_images(turns: Sequence[Turn]) -> list[Turn]:

@@ -8,6 +8,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from mgjax.config import ConfigError
+
 Spans = list[tuple[int, int]]  # character range [start, end) of each id
 _SPACE = "\u2581"              # how SentencePiece writes a space inside a piece
 _NO_UNK = "<|reserved_special_token_0|>"  # what stands in for unk and pad in Llama-3 (R3.3)
@@ -43,6 +45,11 @@ class SentencePiece:
       rules.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
+  @property
+  def special(self) -> tuple[str, ...]:
+    """Spellings of the control tokens."""
+    return tuple(token for token, i in self.added.items() if i in self.special_ids)
+
   @functools.cached_property
   def _cut(self) -> re.Pattern:
     longest_first = sorted(self.added, key=len, reverse=True)
@@ -52,7 +59,7 @@ class SentencePiece:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   def __len__(self) -> int:
-    return max(self._processor.get_piece_size(), *(i + 1 for i in self.added.values()))
+    return max([self._processor.get_piece_size(), *(i + 1 for i in self.added.values())])
 
   def encode(self, text: str) -> tuple[list[int], Spans]:
     """Ids and character spans, without BOS."""
@@ -148,7 +155,13 @@ class FastTokenizer:
   """A `tokenizer.json`, run by the `tokenizers` library."""
 
   backend: object            # tokenizers.Tokenizer
-  clean_up_spaces: bool
+  clean_up_spaces: bool      # decoding takes spaces before punctuation out again
+
+  @property
+  def special(self) -> tuple[str, ...]:
+    """Spellings of the control tokens."""
+    added = self.backend.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special)
 
   def __len__(self) -> int:
     return self.backend.get_vocab_size(with_added_tokens=True)
@@ -188,11 +201,22 @@ class Tokenizer:
   unk_id: int | None
   pad_id: int
   adds_bos: bool             # whether a text starts with BOS unless asked otherwise
+  eos: str                   # spelling of the token `eos_id`
 
   @property
   def vocab_size(self) -> int:
     """Number of ids, added tokens included."""
     return len(self.backend)
+
+  @property
+  def special(self) -> tuple[str, ...]:
+    """Spellings of the control tokens: text that holds one becomes that token."""
+    return self.backend.special
+
+  @property
+  def takes_spaces_back(self) -> bool:
+    """Whether more ids may take a space away that was decoded before."""
+    return isinstance(self.backend, FastTokenizer) and self.backend.clean_up_spaces
 
   def encode_with_offsets(self, text: str, add_bos: bool | None = None) -> tuple[list[int], Spans]:
     """Ids and, for each, the [start, end) characters of `text` that it covers (BOS: (0, 0)).
@@ -230,7 +254,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
 
   `tokenizer.model` is used where `tokenizer_config.json` names a Llama class (Vicuna, Yi, Mistral:
   the original runs their slow class) or where it is all there is, `tokenizer.json` otherwise.
-  Raises FileNotFoundError or ValueError naming the folder and what is missing in it.
+  Raises FileNotFoundError or ConfigError naming the folder and what is missing in it.
   """
   folder = pathlib.Path(folder)
   model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
@@ -238,7 +262,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
     raise FileNotFoundError(f"{folder}: neither tokenizer.model nor tokenizer.json is there; give "
                             "the folder of a Hugging Face tokenizer")
   config = _read_json(folder / "tokenizer_config.json")
-  llama = config.get("tokenizer_class", "").startswith("Llama")
+  llama = (config.get("tokenizer_class") or "").startswith("Llama")
   if model.is_file() and (llama or not fast.is_file()):
     return _load_sentencepiece(folder, model, config)
   return _load_fast(folder, fast, config)
@@ -246,28 +270,35 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
 
 def _load_sentencepiece(folder, model, config) -> Tokenizer:
   if config.get("add_eos_token"):
-    raise ValueError(f"{folder}: add_eos_token is true; eos belongs to the template, set it false")
+    raise ConfigError(f"{folder}: add_eos_token is true; eos belongs to the template, set it false")
   names = {kind: _spelling(config.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")}
   for kind, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>")):
     names[kind] = names[kind] or default
   added = dict(_read_json(folder / "added_tokens.json"))
   named = {*filter(None, names.values()),
-           *map(_spelling, config.get("additional_special_tokens", []))}
+           *map(_spelling, config.get("additional_special_tokens") or [])}
   special = set(named)
   for i, token in config.get("added_tokens_decoder", {}).items():
     if token.get("lstrip") or token.get("rstrip"):
-      raise ValueError(f"{folder}: added token {token['content']!r} eats neighbouring spaces "
+      raise ConfigError(f"{folder}: added token {token['content']!r} eats neighbouring spaces "
                        "(lstrip/rstrip), which is not supported; set both false")
     added[token["content"]] = int(i)
     if token.get("special"):
       special.add(token["content"])
+  legacy = config.get("legacy")
   bare = SentencePiece(model.read_bytes(), {}, frozenset(), frozenset(),
-                       bool(config.get("legacy", True)), names["unk"])
+                       True if legacy is None else bool(legacy), names["unk"])
+  try:
+    len(bare)  # reads it
+  except ValueError:
+    raise
+  except Exception as error:  # protobuf's own kinds
+    raise ConfigError(_broken(model, error)) from error
   for token in named:
     if token not in added:
       i = bare._processor.piece_to_id(token)
       if bare._processor.id_to_piece(i) != token:
-        raise ValueError(f"{folder}: special token {token!r} of tokenizer_config.json is not in "
+        raise ConfigError(f"{folder}: special token {token!r} of tokenizer_config.json is not in "
                          "tokenizer.model; list it under added_tokens_decoder with its id")
       added[token] = i
   backend = dataclasses.replace(bare, added=added, named_ids=frozenset(added[t] for t in named),
@@ -277,13 +308,16 @@ def _load_sentencepiece(folder, model, config) -> Tokenizer:
 
 def _load_fast(folder, path, config) -> Tokenizer:
   import tokenizers
-  backend = tokenizers.Tokenizer.from_file(str(path))
+  try:
+    backend = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # the library raises bare Exceptions
+    raise ConfigError(_broken(path, error)) from error
   backend.no_truncation()
   backend.no_padding()
   names = {kind: _spelling(config.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")}
   around = backend.encode("", add_special_tokens=True).tokens
   if around not in ([], [names["bos"]]):
-    raise ValueError(f"{folder}: tokenizer.json puts {around} around a text; expected nothing or "
+    raise ConfigError(f"{folder}: tokenizer.json puts {around} around a text; expected nothing or "
                      f"the BOS token {names['bos']!r} of tokenizer_config.json alone")
   fast = FastTokenizer(backend, bool(config.get("clean_up_tokenization_spaces", False)))
   return _finish(folder, fast, names, adds_bos=bool(around))
@@ -294,19 +328,29 @@ def _finish(folder, backend, names, adds_bos) -> Tokenizer:
     token = names[kind]
     i = backend.token_id(token) if token else None
     if token and i is None:
-      raise ValueError(f"{folder}: {kind}_token {token!r} of tokenizer_config.json is not in the "
+      raise ConfigError(f"{folder}: {kind}_token {token!r} of tokenizer_config.json is not in the "
                        "vocabulary")
     return i
   bos, eos, unk, pad = map(find, ("bos", "eos", "unk", "pad"))
   if eos is None:
-    raise ValueError(f"{folder}: no eos_token; name it in tokenizer_config.json")
+    raise ConfigError(f"{folder}: no eos_token; name it in tokenizer_config.json")
   unk = backend.token_id(_NO_UNK) if unk is None else unk
   pad = next(i for i in (pad, unk, eos) if i is not None)
-  return Tokenizer(folder.resolve().name, backend, bos, eos, unk, pad, adds_bos)
+  return Tokenizer(folder.resolve().name, backend, bos, eos, unk, pad, adds_bos,
+                   names["eos"])
 
 
 def _read_json(path: pathlib.Path) -> dict:
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ConfigError(_broken(path, error)) from error
+
+
+def _broken(path: pathlib.Path, error: Exception) -> str:
+  return f"{path}: cannot be read ({error}); if it is a git-lfs pointer, fetch the file itself"
 
 
 def _spelling(token: str | dict | None) -> str | None:

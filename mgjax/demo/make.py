@@ -7,7 +7,7 @@
   text.json        scenes as words, with questions; pre-trains the decoder      (chatml_direct)
   captions.json    crowded scenes, each cell put into a word; stage 1           (chatml_direct)
   instruct.json    scenes with several questions; stage 2                            (chatml_direct)
-  heldout.json     other photographs, unseen (colour, character) pairs, a question each, `kind`
+  heldout.json     other photographs, texts that no training image shows, a question each, `kind`
   done.json        the parameters; written last
 """
 
@@ -33,12 +33,11 @@ from .world import (
   as_words,
   ask,
   ask_several,
-  held_out_pairs,
   sample_crowd,
   sample_scene,
 )
 
-VERSION = 3  # raise when the same parameters would give other files
+VERSION = 4  # raise when the same parameters would give other files
 IMAGE = "<image>"
 QUESTIONS = 5  # of one scene; an answer is little to learn from
 
@@ -132,16 +131,10 @@ def stream(world: World, name: str, index: int):
   return np.random.default_rng([world.seed, 2 + names.index(name), index])
 
 
-def training_pairs(world: World) -> list[tuple[str, str]]:
-  """The (colour, character) pairs that training images may show."""
-  hidden = set(held_out_pairs(world))
-  return [pair for pair in all_pairs(world) if pair not in hidden]
-
-
 def crops(world: World, folder: str, n: int) -> list[dict]:
   """Single cells, one in ten without a sign; signs are as large as in the scenes, or larger."""
   os.makedirs(os.path.join(folder, "crops"), exist_ok=True)
-  pairs = training_pairs(world)
+  pairs = all_pairs(world)
 
   def one(i):
     rng = stream(world, "crops", i)
@@ -157,15 +150,15 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
 
 
 def text_chats(world: World, n: int) -> list[dict]:
-  """Scenes as words, with questions; a language model knows all pairs, held-out ones too."""
-  pairs, records = all_pairs(world), []
+  """Scenes as words, with questions; a language model has read everything."""
+  records = []
   for i in range(n):
     rng = stream(world, "text", i)
     if rng.random() < 0.1:
-      signs = sample_crowd(world, rng, pairs)
+      signs = sample_crowd(world, rng)
       questions = [ask(world, rng, signs, "transcribe")]
     else:
-      signs = sample_scene(world, rng, pairs)
+      signs = sample_scene(world, rng, held_out=None)
       questions = ask_several(world, rng, signs, QUESTIONS)
     talk = chat(as_words(world, signs), questions)
     records.append({"id": f"text-{i:06d}", "conversations": talk})
@@ -176,15 +169,14 @@ def scenes(world: World, folder: str, name: str, n: int) -> list[dict]:
   """Training pictures with what is said of them: "crowds" with dense captions, or "scenes" with
   conversations."""
   os.makedirs(os.path.join(folder, name), exist_ok=True)
-  pairs = training_pairs(world)
 
   def one(i):
     rng = stream(world, name, i)
     if name == "crowds":
-      signs = sample_crowd(world, rng, pairs)
+      signs = sample_crowd(world, rng)
       questions = [ask(world, rng, signs, "transcribe")]
     else:
-      signs = sample_scene(world, rng, pairs)
+      signs = sample_scene(world, rng)
       questions = ask_several(world, rng, signs, QUESTIONS)
     image = f"{name}/{i:06d}.jpg"
     save_image(folder, image, render_scene(world, signs, TRAIN_PHOTOS, rng))
@@ -194,15 +186,10 @@ def scenes(world: World, folder: str, name: str, n: int) -> list[dict]:
 
 
 def held_out(world: World, folder: str, n: int) -> list[dict]:
-  """One question an image, on photographs that training has not seen.
-
-  Every scene shows a (colour, character) pair that training has not seen either, and a question
-  about one sign that needs reading is about that one.
-  """
+  """One question an image, on photographs and with texts that training has not shown."""
   # Two thirds reading, one third controls, as in training; mixed, so that any first few show all.
   triples = [(READING[2 * i % 3], READING[(2 * i + 1) % 3], CONTROL[i % 4]) for i in range(12)]
   kinds = [kind for three in triples for kind in three]
-  hidden = held_out_pairs(world) or all_pairs(world)
   os.makedirs(os.path.join(folder, "heldout"), exist_ok=True)
 
   def one(i):
@@ -210,10 +197,8 @@ def held_out(world: World, folder: str, n: int) -> list[dict]:
     kind = kinds[i % len(kinds)]
     question = None
     while question is None:
-      pair = hidden[rng.integers(len(hidden))]
-      signs = sample_scene(world, rng, all_pairs(world), include=pair)
-      target = next(s for s in signs if (s.colour, s.char) == pair)
-      question = ask(world, rng, signs, kind, target if kind in READING else None)
+      signs = sample_scene(world, rng, held_out=world.held_out > 0)
+      question = ask(world, rng, signs, kind)
     name = f"heldout/{i:06d}.jpg"
     save_image(folder, name, render_scene(world, signs, HELD_OUT_PHOTOS, rng))
     return {

@@ -1,18 +1,21 @@
 """The demo from nothing: make the data, train the runs in order, ask the held-out questions."""
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 
+import jax
 from absl import logging
 
 from mgjax.config import build
-from mgjax.data.sources import load_samples
+from mgjax.data.sources import DataError, load_samples
 from mgjax.demo import report
 from mgjax.demo.make import Sizes, make
 from mgjax.demo.world import World
 from mgjax.evaluate.answers import answer_first_questions
+from mgjax.sharding import make_mesh
 from mgjax.train.config import run_config
 from mgjax.train.loop import train
 
@@ -24,38 +27,30 @@ def run_demo(config: dict, workdir: str | Path) -> None:
   `init_from` names other runs), `compare` ((label, run), ...) asked the held-out questions.
   Writes results.json, table.md, contact_sheet.png and loss_curves.png.
   """
-  workdir, started = Path(workdir).absolute(), time.perf_counter()
-  data = workdir / "data"
+  workdir = Path(workdir).absolute()
+  data, clock = workdir / "data", Clock(workdir / "seconds.json")
   world = build(World, config["world"], "config.world")
-  logging.info("data: %s", make(world, str(data), build(Sizes, config["sizes"], "config.sizes")))
-  seconds = {"data": time.perf_counter() - started}
+  with clock.measure("data"):
+    logging.info("data: %s", make(world, str(data), build(Sizes, config["sizes"], "config.sizes")))
   for name in config["order"]:
-    before, values = time.perf_counter(), config["runs"][name]
+    values = config["runs"][name]
     values = values | {
         "tokenizer": str(data / "tokenizer"),
         "data": values["data"] | {"path": str(data / values["data"]["path"]),
                                   "image_root": str(data)},
         "init_from": tuple((part, str(workdir / source)) for part, source in values["init_from"])}
     run = run_config(values)
-    if train(run, workdir / name, name=name) < (run.steps or 0):
-      return  # told to stop; the same command goes on from here
-    seconds[name] = time.perf_counter() - before
-  compare(dict(config["compare"]), data, workdir, world, seconds, started)
-
-
-def compare(models: dict[str, str], data: Path, workdir: Path, world: World,
-            seconds: dict[str, float], started: float) -> None:
-  """Asks each model the held-out questions; prints the table and writes the pictures."""
-  before = time.perf_counter()
-  records = json.loads((data / "heldout.json").read_text())
-  samples, _ = load_samples(data / "heldout.json")
-  answers = {label: answer_first_questions(workdir / run, samples, data, max_new_tokens=12)
-             for label, run in models.items()}
-  table = report.score_table(records, answers)
-  report.contact_sheet(records, answers, str(data), str(workdir / "contact_sheet.png"), world)
-  curves = {path.parent.name: str(path) for path in sorted(workdir.glob("*/metrics.jsonl"))}
-  report.loss_curves(curves, str(workdir / "loss_curves.png"))
-  seconds |= {"evaluation": time.perf_counter() - before, "all": time.perf_counter() - started}
+    with clock.measure(name):
+      if train(run, workdir / name, name=name) < (run.steps or 0):
+        return  # told to stop; the same command goes on from here
+  models = dict(config["compare"])
+  with clock.measure("evaluation"):
+    records, answers = compare(models, data, workdir)
+    table = report.score_table(records, answers)
+    report.contact_sheet(records, answers, str(data), str(workdir / "contact_sheet.png"), world)
+    curves = {name: str(workdir / name / "metrics.jsonl") for name in config["order"]}
+    report.loss_curves(curves, str(workdir / "loss_curves.png"))
+  seconds = clock.seconds | {"all": sum(clock.seconds.values())}
   (workdir / "results.json").write_text(json.dumps(
       {"scores": {k: report.scores(records, v) for k, v in answers.items()},
        "seconds": seconds, "answers": answers}, indent=2))
@@ -65,3 +60,33 @@ def compare(models: dict[str, str], data: Path, workdir: Path, world: World,
   print(f"pictures: {workdir / 'contact_sheet.png'}, {workdir / 'loss_curves.png'}")
   print(f"talk to it: python launch/chat.py --checkpoint {workdir / list(models.values())[0]} "
         f"--image {data / records[0]['image']}")
+
+
+def compare(models: dict[str, str], data: Path,
+            workdir: Path) -> tuple[list[dict], dict[str, list[str]]]:
+  """The held-out records, and what each model (label -> run) answers to them."""
+  path = data / "heldout.json"
+  samples, unread = load_samples(path)
+  if unread:
+    raise DataError.of(unread, len(samples), f"Remove {data} and run again.")
+  mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
+  return json.loads(path.read_text()), {
+      label: answer_first_questions(workdir / run, samples, data, mesh, max_new_tokens=12)
+      for label, run in models.items()}
+
+
+class Clock:
+  """Seconds by name, kept in a file: a demo that was stopped and went on knows its whole time."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+  @contextlib.contextmanager
+  def measure(self, name: str):
+    """Adds what the body takes."""
+    started = time.perf_counter()
+    yield
+    self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - started
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._path.write_text(json.dumps(self.seconds, indent=2))

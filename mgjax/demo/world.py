@@ -14,6 +14,7 @@ this small learns to look up the word it has just said long before one it was as
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -60,7 +61,7 @@ class World:
   hr: int = 128
   lr: int = 56
   max_signs: int = 4
-  held_out: float = 0.12  # share of (colour, character) pairs that no training image shows
+  held_out: float = 0.12  # share of texts (the signs of a scene in order) not shown in training
   seed: int = 0
 
   def __post_init__(self):
@@ -120,45 +121,36 @@ def all_pairs(world: World) -> list[tuple[str, str]]:
   return [(colour, char) for colour in world.colours for char in world.characters]
 
 
-def held_out_pairs(world: World) -> list[tuple[str, str]]:
-  """The pairs that only held-out images show; spread over colours and characters.
+def is_held_out(world: World, signs) -> bool:
+  """Whether no training image may show these signs, in this order, wherever they stand."""
+  text = " ".join(s.colour + s.char for s in signs)
+  digest = hashlib.sha256(f"{world.seed} {text}".encode()).digest()
+  return int.from_bytes(digest[:4]) < world.held_out * 2**32
 
-  They lie on wrapped diagonals of the colour x character table, so that every colour and every
-  character is still seen in training with many partners.
+
+def sample_scene(world: World, rng, held_out: bool | None = False) -> tuple[Sign, ...]:
+  """1..max_signs signs in reading order, colours and cells distinct.
+
+  held_out: whether their text is one of those that training does not show; None: either.
   """
-  rng = np.random.default_rng([world.seed, 1])
-  colours = rng.permutation(list(world.colours))
-  chars = rng.permutation(list(world.characters))
-  C, K = len(colours), len(chars)
-  n = round(world.held_out * C * K)
-  diagonals = [(i % C, (i + d) % K) for d in range(K) for i in range(max(C, K))]
-  cells = list(dict.fromkeys(diagonals))[:n]
-  return sorted((str(colours[c]), str(chars[k])) for c, k in cells)
+  while True:
+    n = int(rng.integers(1, world.max_signs + 1))
+    cells = np.sort(rng.permutation(world.grid**2)[:n])
+    colours = rng.permutation(world.colours)[:n]
+    signs = tuple(Sign(int(cell), str(colour), str(rng.choice(list(world.characters))))
+                  for cell, colour in zip(cells, colours))
+    if held_out is None or is_held_out(world, signs) == held_out:
+      return signs
 
 
-def sample_scene(world: World, rng, pairs, include=None) -> tuple[Sign, ...]:
-  """1..max_signs signs in reading order, colours and cells distinct, each pair from `pairs`.
-
-  With `include` = (colour, char), one of the signs is that pair.
-  """
-  n = int(rng.integers(1, world.max_signs + 1))
-  first = include or pairs[rng.integers(len(pairs))]
-  others = [c for c in world.colours if c != first[0]]
-  chosen = [first]
-  for colour in rng.permutation(others)[: n - 1]:
-    chars = [char for c, char in pairs if c == colour]
-    if chars:  # few colours and a large held-out share may leave a colour without characters
-      chosen.append((str(colour), chars[rng.integers(len(chars))]))
-  cells = rng.permutation(world.grid**2)[: len(chosen)]
-  signs = [Sign(int(cell), colour, char) for cell, (colour, char) in zip(cells, chosen)]
-  return tuple(sorted(signs, key=lambda s: s.cell))
-
-
-def sample_crowd(world: World, rng, pairs) -> tuple[Sign, ...]:
+def sample_crowd(world: World, rng) -> tuple[Sign, ...]:
   """Signs in about half of the cells, colours repeating: a picture with much to say about it."""
-  count = world.grid**2
-  cells = np.sort(rng.permutation(count)[:rng.integers(1, count)])
-  return tuple(Sign(int(cell), *pairs[rng.integers(len(pairs))]) for cell in cells)
+  count, pairs = world.grid**2, all_pairs(world)
+  while True:
+    cells = np.sort(rng.permutation(count)[:rng.integers(1, count)])
+    signs = tuple(Sign(int(cell), *pairs[rng.integers(len(pairs))]) for cell in cells)
+    if not is_held_out(world, signs):
+      return signs
 
 
 def as_words(world: World, signs) -> str:
@@ -175,7 +167,7 @@ def half(world: World, cell: int) -> str:
 
 
 def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Question | None:
-  """One question of `kind`, or None where it has no unique answer. `about` fixes the sign."""
+  """One question of `kind`, or None where it has no unique answer. `about`: the sign, else any."""
   sign = about or signs[rng.integers(len(signs))]
   phrase = PHRASES[kind][rng.integers(len(PHRASES[kind]))]
   if kind == "read_one":

@@ -2,14 +2,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from mgjax.checkpoint import load_model
-from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Template, Turn, get_template
+from mgjax.checkpoint import load_model, read_run
+from mgjax.data.conversation import (
+    GPT,
+    HUMAN,
+    IMAGE_TAG,
+    Template,
+    Turn,
+    control_tokens,
+    get_template,
+)
 from mgjax.data.images import load_image
 from mgjax.data.tokenize import encode_prompt
 from mgjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -56,6 +65,8 @@ class TextStream:
       self.text, self.stopped = self.text[:min(met)].rstrip(), True
       return self._show(self.text)
     certain = self.text.rstrip(_HALF).rstrip()
+    if self._tokenizer.takes_spaces_back:
+      certain = certain[:max(certain.rfind(" "), self._shown)]
     held = max((_overlap(certain, stop) for stop in self._stops), default=0)
     return self._show(certain[:len(certain) - held].rstrip())
 
@@ -76,6 +87,17 @@ def _overlap(text: str, stop: str) -> int:
               0)
 
 
+def finished_text(tokenizer: Tokenizer, template: Template, ids: Sequence[int]) -> str:
+  """The text of a whole answer, up to what ends it."""
+  stream, ends = TextStream(tokenizer, template.stop), end_ids(tokenizer, template)
+  for token in ids:
+    if token in ends or stream.stopped:
+      break
+    stream.feed(token)
+  stream.finish()
+  return stream.text
+
+
 class Chat:
   """A conversation with a model: pictures may join at any turn and stay.
 
@@ -93,10 +115,13 @@ class Chat:
     self._engine, self._tokenizer, self._template = engine, tokenizer, template
     self._aspect, self._fit = aspect, fit
     self._sampling = dataclasses.replace(sampling, stop_ids=end_ids(tokenizer, template))
+    self._control = control_tokens(template, tokenizer.special, tokenizer.eos)
+    self._answering: Generator[str] | None = None
     self.clear()
 
   def clear(self) -> None:
     """Forgets the turns and the pictures."""
+    self._stop_answering()
     self._session = self._engine.session()
     self._turns: list[Turn] = []
     self._images: tuple[jax.Array, ...] = ()
@@ -113,19 +138,37 @@ class Chat:
     pixels = load_image(path, self._engine.config.hr_size, self._aspect)
     self._waiting += self._engine.encode_images(pixels[None])
 
+  def drop(self) -> None:
+    """Forgets the pictures that wait for the next question."""
+    self._waiting = ()
+
+  def _stop_answering(self) -> None:
+    if self._answering is not None:  # the next answer writes into the same cache
+      self._answering.close()
+    self._answering = None
+
   def ask(self, question: str) -> Iterator[str]:
     """The answer in pieces, as they become certain; their sum is the answer.
 
-    Closing the iterator stops the answer, and what was said of it stays in the history.  Raises
-    ValueError at the call, with nothing changed, if the question is empty, holds `<image>`, or
-    does not fit into the length that the engine was made for.
+    Closing the iterator, or the next question, stops the answer; what was said of it stays in the
+    history.  Raises ValueError at the call, with nothing changed, if the question is empty, holds
+    `<image>` or a control token, or does not fit into the length that the engine was made for.
     """
+    self._stop_answering()
     question = question.strip()
     if not question:
       raise ValueError("the question is empty")
     if IMAGE_TAG in question:
       raise ValueError(f"the question holds {IMAGE_TAG}, which stands for a picture; leave it out "
                        "and attach the picture as a file")
+    if found := [token for token in self._control if token in question]:
+      raise ValueError(f"the question holds {found[0]}, which would end the turn; write it "
+                       "otherwise")
+    try:
+      question.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(f"the question holds half a character ({error}); type it as UTF-8"
+                       ) from error
     images = self._images + self._waiting
     turns = [*self._turns, (HUMAN, f"{IMAGE_TAG}\n" * len(self._waiting) + question)]
     encoded = encode_prompt(self._tokenizer, self._template, turns, len(images),
@@ -134,12 +177,16 @@ class Chat:
     if self._fit:
       longest = max(1, min(sampling.max_new_tokens, self._engine.room(prompt)))
       sampling = dataclasses.replace(sampling, max_new_tokens=longest)
-    return self._answer(self._session.generate(prompt, sampling), turns, images)
+    self._answering = self._answer(self._session.generate(prompt, sampling), turns, images)
+    return self._answering
 
   def _answer(self, ids: Generator[int], turns: list[Turn],
-              images: tuple[jax.Array, ...]) -> Iterator[str]:
+              images: tuple[jax.Array, ...]) -> Generator[str]:
     stream = TextStream(self._tokenizer, self._template.stop)
+    before = self._turns, self._images, self._waiting
     self._images, self._waiting, self.cut = images, (), False
+    # What the model said is text: a tag in it is no picture.
+    said = lambda: stream.text.rstrip(_HALF).rstrip().replace(IMAGE_TAG, "")
     try:
       for token in ids:
         if token in self._sampling.stop_ids:
@@ -152,9 +199,15 @@ class Chat:
         self.cut = True
       if piece := stream.finish():
         yield piece
+      self._turns = [*turns, (GPT, said())]
+    except (GeneratorExit, KeyboardInterrupt):  # stopped on purpose
+      self._turns = [*turns, (GPT, said())]
+      raise
+    except Exception:  # out of memory, say: as if it had not been asked
+      self._turns, self._images, self._waiting = before
+      raise
     finally:
       ids.close()
-      self._turns = [*turns, (GPT, stream.text.rstrip(_HALF).rstrip())]
 
 
 def load_chat(checkpoint: str | pathlib.Path, *, sampling: Sampling = Sampling(),
@@ -176,8 +229,10 @@ def load_chat(checkpoint: str | pathlib.Path, *, sampling: Sampling = Sampling()
   checkpoint = pathlib.Path(checkpoint)
   if not checkpoint.exists():
     raise FileNotFoundError(f"{checkpoint}: no such folder; expected a run's --workdir")
-  # One row at a time: more devices share the layers, not the batch.
-  mesh = make_mesh({"tensor": -1})
+  # One row at a time: as many devices as can share the heads share the layers.
+  decoder = read_run(checkpoint)[1]["model"]["decoder"]
+  ways = math.gcd(decoder["heads"], decoder["kv_heads"], jax.device_count())
+  mesh = make_mesh({"tensor": ways, "fsdp": -1})
   with mesh_context(mesh):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     loaded = load_model(checkpoint, mesh, dtype=dtype)

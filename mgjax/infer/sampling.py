@@ -23,8 +23,8 @@ class Sampling:
       raise ValueError(f"temperature is {self.temperature}, expected 0 (greedy) or more")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p is {self.top_p}, expected more than 0 and at most 1 (1: keep all)")
-    if self.top_k < 0:
-      raise ValueError(f"top_k is {self.top_k}, expected 0 (keep all) or more")
+    if not 0 <= self.top_k < 2**31:
+      raise ValueError(f"top_k is {self.top_k}, expected 0 (keep all) or more, below 2**31")
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
     if not 0 <= self.seed < 2**32:
@@ -38,7 +38,8 @@ def sample(logits: jax.Array, rng: jax.Array, temperature: jax.Array, top_p: jax
   As in Hugging Face: temperature first, then top-k, then top-p among what top-k left.  The settings
   may be traced: other values need no other program.
   """
-  scaled = lambda: logits / temperature
+  # Shifted first: the likeliest scores must not overflow at small temperatures.
+  scaled = lambda: (logits - logits.max(-1, keepdims=True)) / temperature
   draw = lambda scores: jax.random.categorical(rng, scores, axis=-1)
   filtered = (top_p < 1) | (top_k > 0)
   # Branches: what is not asked for costs nothing.

@@ -17,8 +17,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
   """
   b, lq, heads, h = q.shape
   groups = k.shape[2]
-  q = q.reshape(b, lq, groups, heads // groups, h) * (h**-0.5)
-  logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32)
+  q = q.reshape(b, lq, groups, heads // groups, h)
+  logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * h**-0.5
   if mask is not None:
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

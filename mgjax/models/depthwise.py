@@ -42,11 +42,11 @@ def position_matrix(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def shifted_sum(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """As the sum of k*k shifted products."""
+  """As the sum of k*k shifted products, added in float32."""
   k, (h, w) = kernel.shape[0], x.shape[1:3]
-  padded = _pad(x, k)
-  taps = (padded[:, i:i + h, j:j + w] * kernel[i, j] for i in range(k) for j in range(k))
-  return functools.reduce(jnp.add, taps)
+  padded, weights = _pad(x, k).astype(jnp.float32), kernel.astype(jnp.float32)
+  taps = (padded[:, i:i + h, j:j + w] * weights[i, j] for i in range(k) for j in range(k))
+  return functools.reduce(jnp.add, taps).astype(x.dtype)
 
 
 def _pad(x, k):

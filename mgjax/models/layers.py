@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mgjax.config import ConfigError
+
 Dtype = jnp.dtype
 
 
@@ -88,19 +90,19 @@ def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rn
   return build(rngs.split(depth))
 
 
-REMAT_POLICIES = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable",
-                  "everything_saveable")
+REMAT_POLICIES = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
-def remat(policy: str):
-  """Decorator that recomputes a block in the backward pass; `none` keeps every activation.
+def remat(policy: str, *, in_scan: bool = True):
+  """Decorator that recomputes a function in the backward pass; `none` keeps every activation.
 
-  Names are those of `jax.checkpoint_policies`.  Raises ValueError for an unknown name.
+  Names are those of `jax.checkpoint_policies`.  in_scan: the function is the body of a scan, where
+  the barrier against common-subexpression elimination is not needed.
+  Raises ConfigError for an unknown name.
   """
   if policy not in REMAT_POLICIES:
-    raise ValueError(f"remat: unknown policy {policy!r}; one of {', '.join(REMAT_POLICIES)}")
+    raise ConfigError(f"remat: unknown policy {policy!r}; one of {', '.join(REMAT_POLICIES)}")
   if policy == "none":
     return lambda f: f
-  chosen = getattr(jax.checkpoint_policies, policy)
-  # Inside a scan the barrier against common-subexpression elimination is not needed.
-  return functools.partial(jax.checkpoint, policy=chosen, prevent_cse=False)
+  return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, policy),
+                           prevent_cse=not in_scan)

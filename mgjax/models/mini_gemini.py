@@ -10,7 +10,7 @@ from mgjax.models import images as views
 from mgjax.models.clip_vit import ClipVit
 from mgjax.models.convnext import ConvNext, concatenated_features
 from mgjax.models.decoder import Decoder
-from mgjax.models.layers import new_dense
+from mgjax.models.layers import new_dense, remat
 from mgjax.models.mining import PatchInfoMining
 from mgjax.sharding import constrain
 
@@ -38,7 +38,7 @@ class MiniGemini(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, remat_policy: str = "none", dtype=jnp.bfloat16,
                rngs: nnx.Rngs):
-    self.config, self.dtype = config, dtype
+    self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
     kwargs = dict(remat_policy=remat_policy, dtype=dtype, rngs=rngs)
     self.vision = ClipVit(config.vision, **kwargs)
     hr = config.vision_hr
@@ -50,12 +50,9 @@ class MiniGemini(nnx.Module):
     self.decoder = Decoder(config.decoder, **kwargs)
 
   def encode_images(self, pixels: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-    """uint8 [N, H, H, 3] -> visual tokens [N, T, D] in the order global, tile 00, 01, 10, 11."""
-    return self.encode_normalized(views.normalize(pixels), rng)
-
-  def encode_normalized(self, hr: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-    """As `encode_images`, from the normalised picture [N, H, H, 3].  rng: drop path, or None."""
-    hr = constrain(hr, "batch", "space", "space", None)
+    """uint8 [N, H, H, 3] -> visual tokens [N, T, D] in the order global, tile 00, 01, 10, 11.
+    rng: drop path, or None."""
+    hr = constrain(views.normalize(pixels), "batch", "space", "space", None)
     tiles = views.low_resolution_tiles(hr, self.config)  # [N, tiles, s, s, 3]
     return self.encode_views(tiles, hr, rng)
 
@@ -64,11 +61,15 @@ class MiniGemini(nnx.Module):
     n = tiles.shape[0]
     x = self.vision(tiles.reshape(-1, *tiles.shape[2:]))  # [N*tiles, t, Dv]
     if self.mining is not None:
-      features = concatenated_features(self.vision_hr(hr, rng))
-      features = views.feature_tiles(features, self.config)
-      x = x + self.mining(x, features.reshape(-1, *features.shape[2:]))
+      # The upsampled map is eight times the stage maps: not to be kept for the backward pass.
+      mine = remat(self.remat_policy, in_scan=False)(self._mine)
+      x = x + mine(self.mining, x, self.vision_hr(hr, rng))
     x = self.projector(x)
     return constrain(x.reshape(n, self.config.visual_tokens, -1), "batch", "seq", "act_embed")
+
+  def _mine(self, mining, x, maps):
+    features = views.feature_tiles(concatenated_features(maps), self.config)
+    return mining(x, features.reshape(-1, *features.shape[2:]))
 
   def place(self, tokens: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
     """Text embeddings with the visual tokens put where they belong.

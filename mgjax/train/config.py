@@ -5,7 +5,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mgjax.config import ModelConfig, build
+from mgjax.config import ConfigError, ModelConfig, at_least, build
+from mgjax.data.conversation import get_template
+from mgjax.data.images import ASPECTS
 from mgjax.data.pipeline import DataConfig
 from mgjax.models.layers import REMAT_POLICIES
 from mgjax.train.optimizer import OptimizerConfig
@@ -28,7 +30,10 @@ class CheckpointConfig:
   """When to save and what to keep; the last step is always saved."""
 
   every: int = 1000
-  keep: int = 1
+  keep: int = 2  # if the newest is damaged, the one before it serves
+
+  def __post_init__(self):
+    at_least(self, 1, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +61,27 @@ class RunConfig:
   log_every: int = 1
 
   def __post_init__(self):
+    at_least(self, 1, "steps", "accumulate", "log_every")
+    if not 0 < self.epochs < float("inf"):
+      raise ConfigError(f"config.epochs is {self.epochs}; expected more than 0")
+    if self.chat_template:
+      get_template(self.chat_template)
     for name, value, allowed in (
+        ("chat_aspect", self.chat_aspect, ("", *ASPECTS)),
         ("objective", self.objective, OBJECTIVES), ("remat", self.remat, REMAT_POLICIES),
         ("dtype", self.dtype, ("bfloat16", "float32")),
         ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
       if value not in allowed:
-        raise ValueError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
+        raise ConfigError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
     if self.data.batch_size % self.accumulate:
-      raise ValueError(f"config.data.batch_size {self.data.batch_size} is not a multiple of "
+      raise ConfigError(f"config.data.batch_size {self.data.batch_size} is not a multiple of "
                        f"config.accumulate {self.accumulate}")
     if self.objective == "language":
       for name, value, expected in (
           ("hr_size", self.data.hr_size, self.model.hr_size),
           ("tokens_per_image", self.data.tokens_per_image, self.model.visual_tokens)):
         if value != expected:
-          raise ValueError(f"config.data.{name} is {value}, but the model needs {expected}; leave "
+          raise ConfigError(f"config.data.{name} is {value}, but the model needs {expected}; leave "
                            "it out, it follows config.model")
 
 
@@ -78,7 +89,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
   """A config file's dictionary as a RunConfig.
 
   data.hr_size and data.tokens_per_image follow the model where they are left out.
-  Raises ValueError for a key that does not exist (naming the nearest), a missing key, a value of
+  Raises ConfigError for a key that does not exist (naming the nearest), a missing key, a value of
   the wrong type, or values that do not fit together.
   """
   values = dict(values)

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 import signal
 import threading
 from pathlib import Path
@@ -15,10 +17,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mgjax import trees
-from mgjax.checkpoint import TOKENIZER, Checkpointer, resolve, write_run
+from mgjax.checkpoint import TOKENIZER, Checkpointer, read_run, resolve, write_run
+from mgjax.config import ConfigError
 from mgjax.data.pipeline import Pipeline, make_pipeline
+from mgjax.data.sources import DataError
 from mgjax.data.tokenizer import load_tokenizer
-from mgjax.sharding import batch_sharding, batch_shards, make_mesh, mesh_context
+from mgjax.sharding import batch_sharding, batch_shards, check_heads, make_mesh, mesh_context
 from mgjax.train import metrics as metrics_lib
 from mgjax.train.config import RunConfig
 from mgjax.train.optimizer import make_optimizer
@@ -34,82 +38,143 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
   """Runs, or resumes, one training run in `workdir` and returns the step it stands at.
 
   SIGTERM saves and returns early.  Raises TrainingError when the loss is no longer finite (before
-  the update), ValueError (DataError, CheckpointError) for what does not fit together.
+  the update); ConfigError, DataError, CheckpointError for what does not fit together.
   """
+  if "://" in str(workdir):
+    raise ConfigError(f"workdir {workdir}: only folders of the file system; mount the bucket")
   workdir = Path(workdir).absolute()
-  config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config)))
+  with stop_signal() as stop:
+    checkpointer = Checkpointer(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
+    try:
+      return _train(config, workdir, name, stop, checkpointer)
+    finally:
+      checkpointer.close()
+
+
+def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
+           checkpointer: Checkpointer) -> int:
+  resuming = checkpointer.latest is not None
+  if resuming:
+    check_same_run(workdir, config)
+    if config.steps and checkpointer.latest >= config.steps:
+      return checkpointer.latest
+  config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config, workdir)))
   tokenizer = load_tokenizer(config.tokenizer)
   if tokenizer.vocab_size > config.model.decoder.vocab_size:
-    raise ValueError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
-                     f"{config.model.decoder.vocab_size}; they belong to different models")
+    raise ConfigError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
+                      f"{config.model.decoder.vocab_size}; they belong to different models")
   mesh = make_mesh(dataclasses.astuple(config.mesh))
+  check_heads(config.model.decoder, mesh)
   check_batch(config, mesh)
   data = make_pipeline(config.data, tokenizer, host=jax.process_index(),
                        hosts=jax.process_count())
-  steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
-  checkpointer = Checkpointer(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
-  with mesh_context(mesh), stop_signal() as stop:
+  batches, main_host = iter(data), jax.process_index() == 0
+  steps = config.steps or math.ceil(config.epochs * data.steps_per_epoch)
+  with mesh_context(mesh), contextlib.closing(batches):
     tx = make_optimizer(config.optimizer, steps)
     graphdef, abstract = abstract_state(config, tx, mesh)
-    if checkpointer.latest is not None:
-      batches = iter(data)
-      state = TrainState(**checkpointer.restore(abstract.as_dict(), batches))
+    if resuming:
+      saved, position = checkpointer.restore(abstract.as_dict())
+      state = TrainState(**saved)
+      batches.set_state(position)
       logging.info("%s: resuming %s at step %d", name, workdir, state.step)
-      metrics_lib.truncate_after(workdir / "metrics.jsonl", int(state.step))
     else:
-      state, batches = init_state(config, tx, abstract), iter(data)
-    if jax.process_index() == 0:
-      write_run(workdir, dataclasses.asdict(config), config.tokenizer)
-      describe(config, abstract, data, steps)
-
-    compiled = compile_step(config, graphdef, tx, steps, abstract, data, mesh)
+      state = init_state(config, tx, abstract)
     start = int(state.step)
-    log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps,
-                              enabled=jax.process_index() == 0)
-    try:
+    if start >= steps:
+      return start
+    if main_host:
+      write_run(workdir, dataclasses.asdict(config), config.tokenizer)
+      metrics_lib.truncate_after(workdir / "metrics.jsonl", start)
+      write_problems(workdir / "skipped.jsonl", data)
+      describe(config, abstract, data, steps)
+    compiled = compile_step(config, graphdef, tx, steps, abstract, data, mesh)
+    log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps, enabled=main_host)
+    with contextlib.closing(log):
+      if agreed(stop.is_set()):
+        return start
+      batch, bad = next(batches), None
       for step in range(start + 1, steps + 1):
-        batch = next(batches)
+        position = batches.get_state()
         state, metrics = compiled(state, put(batch, mesh))
-        # Waiting here costs the device one dispatch; it buys that nothing follows a bad step.
+        # While the device works, the host prepares what comes next.
+        done, batch = batch, None
+        if step < steps:
+          try:
+            batch = next(batches)
+          except DataError as error:
+            bad = error  # what this step learnt is saved first
         metrics = jax.device_get(metrics)
         if not metrics.pop("finite"):
-          raise TrainingError(explain_nonfinite(step, metrics, batch, data))
-        # Before the next batch is taken: the checkpoint holds the data's position after this one.
-        stopping = agreed(stop.is_set())
+          raise TrainingError(explain_nonfinite(step, metrics, done, data))
+        stopping = agreed(stop.is_set() or bad is not None)
         due = step == steps or stopping
-        checkpointer.save(step, state.as_dict(), batches, force=due)
-        log.write(step, metrics | skipped(batches), show=step % config.log_every == 0 or due,
-                  tokens=int((batch["segment_ids"] > 0).sum()) * jax.process_count(),
-                  images=images_in(batch, config) * jax.process_count())
+        checkpointer.save(step, state.as_dict(), position, force=due)
+        log.write(step, metrics | skipped(position), show=step % config.log_every == 0 or due,
+                  tokens=int((done["segment_ids"] > 0).sum()) * jax.process_count(),
+                  images=images_in(done, config) * jax.process_count())
+        if bad is not None:
+          raise bad
         if stopping:
           logging.warning("%s: stop signal; saved step %d of %d", name, step, steps)
           return step
-    finally:
-      log.close()
-      batches.close()
-      checkpointer.close()
   return steps
 
 
-def tokenizer_folder(config: RunConfig) -> Path:
-  """`config.tokenizer`, else the one that came with the checkpoint to start from."""
+# What may differ when a run goes on; everything else makes it another run.
+_MAY_CHANGE = ("tokenizer", "init_from", "mesh", "remat", "checkpoint", "log_every", "steps",
+               "epochs", "accumulate", "chat_template", "chat_aspect")
+_DATA_MAY_CHANGE = ("image_root", "on_error", "workers", "threads", "scan_limit")
+
+
+def check_same_run(workdir: Path, config: RunConfig) -> None:
+  """Raises ConfigError if the run in `workdir` was of another model; warns of other differences."""
+  before = trees.flatten(_plain(read_run(workdir)[1]))
+  now = trees.flatten(_plain(dataclasses.asdict(config)))
+  changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
+  tell = lambda k: f"{k.replace('/', '.')} was {before.get(k)} and is {now.get(k)}"
+  for key in sorted(changed):
+    if key.split("/")[0] in ("model", "objective"):
+      raise ConfigError(f"workdir {workdir} holds another run: {tell(key)}; choose another workdir")
+  free = lambda k: k.split("/")[0] in _MAY_CHANGE or k.removeprefix("data/") in _DATA_MAY_CHANGE
+  if told := [tell(k) for k in sorted(changed) if not free(k)]:
+    logging.warning("%s goes on with other settings: %s", workdir, "; ".join(told))
+
+
+def _plain(tree):
+  """Dicts down to strings; sequences and None as text, which is all that a comparison needs."""
+  if isinstance(tree, dict):
+    return {k: _plain(v) for k, v in tree.items()}
+  return json.dumps(tree)
+
+
+def tokenizer_folder(config: RunConfig, workdir: Path) -> Path:
+  """That of the run being resumed, else `config.tokenizer`, else what came with the checkpoint to
+  start from."""
+  if (workdir / TOKENIZER).is_dir():
+    return workdir / TOKENIZER
   if config.tokenizer:
     return Path(config.tokenizer)
   for _, source in config.init_from:
     if (folder := resolve(source).parent.parent / TOKENIZER).is_dir():
       return folder
-  raise ValueError("config.tokenizer is empty and config.init_from brings none; give the folder "
-                   "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
+  raise ConfigError("config.tokenizer is empty and config.init_from brings none; give the folder "
+                    "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-  """Raises ValueError if the rows of a micro-batch do not divide among the batch axes."""
+  """Raises ConfigError if the rows of a micro-batch do not divide among the batch axes, or these
+  among the hosts."""
   rows, shards = config.data.batch_size // config.accumulate, batch_shards(mesh)
   if rows % shards:
-    raise ValueError(
+    raise ConfigError(
         f"config.data.batch_size {config.data.batch_size} / accumulate {config.accumulate} = "
         f"{rows} rows, which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; "
         f"use a multiple of {shards * config.accumulate}")
+  if shards % jax.process_count():
+    raise ConfigError(
+        f"mesh {dict(mesh.shape)}: data x fsdp = {shards} does not divide among "
+        f"{jax.process_count()} hosts, each of which reads its own rows; use a smaller tensor axis")
 
 
 def compile_step(config, graphdef, tx, steps, abstract: TrainState, data: Pipeline, mesh: Mesh):
@@ -141,9 +206,16 @@ def images_in(batch, config: RunConfig) -> int:
   return int((slots.max(axis=1) + 1).sum())
 
 
-def skipped(batches) -> dict[str, int]:
-  """Samples dropped or cut so far, by kind."""
-  return {f"data/{kind}": count for kind, count in batches.counts.items() if count}
+def skipped(position: dict) -> dict[str, int]:
+  """Samples left out or cut so far, by kind."""
+  return {f"data/{kind}": count for kind, count in position["counts"].items() if count}
+
+
+def write_problems(path: Path, data: Pipeline) -> None:
+  """One line for each sample that the scan left out."""
+  if data.report.problems:
+    path.write_text("".join(json.dumps(dataclasses.asdict(p)) + "\n"
+                            for p in data.report.problems))
 
 
 def explain_nonfinite(step: int, metrics: dict, batch: dict, data: Pipeline) -> str:
@@ -165,7 +237,11 @@ def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int
   parts = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in sorted(by_part.items()))
   if data.report.problems:
     kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(data.report.counts.items()))
-    logging.warning("%d samples left out: %s", len(data.report.problems), kinds)
+    logging.warning("%d samples left out (%s); skipped.jsonl lists them",
+                    len(data.report.problems), kinds)
+  logging.info("%d of %d samples were read before the start; %d of these are longer than %d tokens "
+               "and will be cut", data.report.checked_in_depth, len(data.samples),
+               data.report.truncated, config.data.max_length)
   logging.info("training %s; frozen %.2f M; %d samples, %d steps of %d rows", parts,
                count(abstract.frozen) / 1e6, len(data.report.kept), steps, config.data.batch_size)
 
@@ -182,7 +258,7 @@ def stop_signal() -> Any:
   """An event that SIGTERM sets, so that the loop can end between two steps."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    yield event
+    yield event  # a notebook's worker thread: nobody sends it signals
     return
   before = signal.signal(signal.SIGTERM, lambda *_: event.set())
   try:

@@ -66,7 +66,16 @@ def _tensorboard(folder: Path):
 
 def truncate_after(path: Path, step: int) -> None:
   """Drops the records of steps that a resumed run will do again."""
-  if path.exists():
-    kept = [line for line in path.read_text().splitlines(True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines(True):
+    try:
+      if not line.endswith("\n") or json.loads(line)["step"] > step:
+        break
+    except ValueError:  # cut short when the machine went
+      break
+    kept.append(line)
+  unfinished = path.with_suffix(".part")
+  unfinished.write_text("".join(kept))
+  unfinished.rename(path)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mgjax import trees
+from mgjax.config import ConfigError, at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Row:
   pattern: str
   lr: float | None = 1.0
   layers: tuple[int | None, int | None] | None = None
+
+  def __post_init__(self):
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise ConfigError(f"optimizer: {self.pattern!r} is no regular expression ({error})"
+                        ) from error
+    at_least(self, 0, "lr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,9 @@ class OptimizerConfig:
 
   def __post_init__(self):
     if self.schedule not in ("cosine", "linear", "constant"):
-      raise ValueError(f"optimizer: schedule {self.schedule!r}; one of cosine, linear, constant")
+      raise ConfigError(f"optimizer: schedule {self.schedule!r}; one of cosine, linear, constant")
+    at_least(self, 0, "learning_rate", "warmup_ratio", "b1", "b2", "eps", "weight_decay",
+             "clip_norm")
 
 
 # What the original never decays (R4.4): biases and the parameters of norms.
@@ -51,21 +62,30 @@ NO_DECAY = re.compile(r"(/bias|norm[^/]*/scale)$")
 
 
 def row_of(path: str, table: tuple[Row, ...]) -> Row:
-  """The row that governs a parameter.  Raises ValueError if none does."""
+  """The row that governs a parameter.  Raises ConfigError if none does."""
   for row in table:
     if re.search(row.pattern, path):
       return row
-  raise ValueError(f"optimizer: no row of the table covers {path!r}; add one (lr=None freezes)")
+  raise ConfigError(f"optimizer: no row of the table covers {path!r}; add one (lr=None freezes)")
 
 
-def check_table(paths: list[str], table: tuple[Row, ...]) -> None:
-  """Raises ValueError for a parameter that no row covers and for a row that covers none."""
-  used = {row_of(path, table).pattern for path in paths}
+def check_table(shapes: dict[str, jax.ShapeDtypeStruct], table: tuple[Row, ...]) -> None:
+  """Raises ConfigError for a parameter (by path) that no row covers, for a row that covers none,
+  and for `layers` of what is no stack of so many layers."""
+  used = set()
+  for path, s in shapes.items():
+    row = row_of(path, table)
+    used.add(row.pattern)
+    if row.layers is not None and ("/blocks/" not in path
+                                   or not range(s.shape[0])[slice(*row.layers)]):
+      depth = f"has {s.shape[0]} layers" if "/blocks/" in path else "is no stack of layers"
+      raise ConfigError(f"optimizer: row {row.pattern!r} takes layers {row.layers}, but {path} "
+                        f"{depth}; narrow the pattern, e.g. '^vision/blocks/'")
   idle = [row.pattern for row in table if row.pattern not in used]
   if idle:
-    raise ValueError(f"optimizer: rows {idle} cover no parameter (or stand behind rows that cover "
+    raise ConfigError(f"optimizer: rows {idle} cover no parameter (or stand behind rows that cover "
                      f"all they match); parameters start with "
-                     f"{', '.join(sorted({p.split('/')[0] for p in paths}))}")
+                     f"{', '.join(sorted({p.split('/')[0] for p in shapes}))}")
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

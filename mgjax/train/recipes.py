@@ -12,7 +12,11 @@ from mgjax.train.config import RunConfig
 
 # (pattern of parameter paths, learning-rate multiplier; None freezes).  The first match counts.
 ALIGN = (("^(mining|projector)/", 1.0), ("", None))
-TUNE = (("^(mining|projector)/", 1.0), ("^decoder/", 1.0), ("", None))
+
+
+def tune(projector: float = 1.0):
+  """The table of stage 2; `projector` multiplies the learning rate of projector and mining."""
+  return (("^(mining|projector)/", projector), ("^decoder/", 1.0), ("", None))
 
 
 def base_config(preset: str) -> ConfigDict:

@@ -7,12 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgjax import trees
-from mgjax.checkpoint import CheckpointError, abstract_params, load_params, parameter_paths
+from mgjax.checkpoint import (
+    CheckpointError,
+    abstract_params,
+    load_params,
+    parameter_paths,
+    read_run,
+)
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.models.tagger import Tagger
 from mgjax.train.config import RunConfig
@@ -50,7 +57,7 @@ def abstract_state(config: RunConfig, tx: optax.GradientTransformation,
   Call it inside the mesh.  Raises ValueError if the optimizer table does not fit the parameters.
   """
   graphdef, shapes = abstract_params(model_builder(config), mesh)
-  check_table(list(trees.flatten(shapes)), config.optimizer.table)
+  check_table(trees.flatten(shapes), config.optimizer.table)
   params, frozen = split_frozen(shapes, config.optimizer.table)
   frozen = jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape, config.frozen_dtype, sharding=s.sharding), frozen)
@@ -74,13 +81,21 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
   for prefix, source in config.init_from:
     chosen = {k: v for k, v in wanted.items() if _starts(k, prefix) and k not in loaded}
     if prefix == "":  # everything that the checkpoint has; what is new stays random
-      chosen = {k: v for k, v in chosen.items() if k in set(parameter_paths(source))}
+      held = set(parameter_paths(source))
+      chosen = {k: v for k, v in chosen.items() if k in held}
     if not chosen:
       raise CheckpointError(f"init_from: {prefix!r} of {source} names no parameter that is still "
                             "to be set")
+    check_same_parts(source, config, {_part(k) for k in chosen})
     loaded |= load_params(source, chosen)
 
   drawn = {k: v for k, v in wanted.items() if k not in loaded}
+  if drawn:
+    logging.info("starting from random numbers: %s", ", ".join(sorted({_part(k) for k in drawn})))
+  useless = {_part(k) for k in trees.flatten(abstract.frozen)} & {_part(k) for k in drawn}
+  if useless and config.data.images_per_row:
+    logging.warning("%s: random and frozen; name a checkpoint that has it in config.init_from",
+                    ", ".join(sorted(useless)))
 
   def draw():
     flat = trees.flatten(trees.pure(nnx.state(model_builder(config)())))
@@ -93,6 +108,21 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
   opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
   return TrainState(step, params, frozen, opt_state)
+
+
+def check_same_parts(source: str, config: RunConfig, parts: set[str]) -> None:
+  """Raises CheckpointError where a part of the source differs in what its shapes do not show."""
+  theirs, ours = read_run(source)[1]["model"], dataclasses.asdict(config.model)
+  for part in parts & ours.keys():
+    for name, value in ours[part].items():
+      value = list(value) if isinstance(value, tuple) else value
+      if name != "drop_path" and (there := (theirs[part] or {}).get(name)) != value:
+        raise CheckpointError(f"init_from: {source} has model.{part}.{name} = {there}, this config "
+                              f"{value}; they belong to different models")
+
+
+def _part(path: str) -> str:
+  return path.split("/")[0]
 
 
 def _starts(path: str, prefix: str) -> bool:

@@ -85,18 +85,6 @@ def test_resume_is_exact(dataset, llama):
       assert_same(take(again, 8 - stop), straight[stop:])
 
 
-def test_resume_through_orbax(dataset, llama, tmp_path):
-  ocp = pytest.importorskip("orbax.checkpoint").v1
-  pipeline = make_pipeline(dataset(good(10)), llama)
-  iterator = iter(pipeline)
-  take(iterator, 3)
-  ocp.save_checkpointables(tmp_path / "checkpoint", dict(data=iterator))
-  rest = take(iterator, 3)
-  fresh = iter(pipeline)
-  ocp.load_checkpointables(tmp_path / "checkpoint", dict(data=fresh))
-  assert_same(take(fresh, 3), rest)
-
-
 def test_hosts_share_each_batch(dataset, llama):
   config = dataset(good(10), batch_size=4)
   whole = take(iter(make_pipeline(config, llama)), 6)
@@ -133,16 +121,21 @@ def test_stop_names_the_file_that_fails_late(dataset, llama):
   config = dataset(late_failures(dataset), shuffle=False)
   iterator = iter(make_pipeline(config, llama))
   take(iterator, 2)
-  with pytest.raises(DataError, match=r"#4 \(id s4\): broken_image: .*cut.png.*\n.*'skip'"):
+  with pytest.raises(DataError, match=r"#4 \(id s4\): broken_image: .*cut.png.*\n.*on_error=skip"):
     next(iterator)
+  # The position stays before that batch: what is saved now goes on there.
+  assert iterator.get_state()["samples"] == 4
 
 
-def test_skip_drops_late_failures_and_keeps_batches_full(dataset, llama):
+def test_skip_leaves_the_row_of_a_late_failure_empty(dataset, llama):
   pipeline = make_pipeline(dataset(late_failures(dataset), shuffle=False, on_error="skip"), llama)
   iterator = iter(pipeline)
   batches = take(iterator, 8)
-  assert order(batches) == ([0, 1, 2, 3, 5, 6, 7, 9, 10, 11] * 2)[:16]
-  assert iterator.counts["broken_image"] == 3
+  assert order(batches) == [*range(12), *range(4)]
+  assert iterator.counts["broken_image"] == 2
+  empty = {k: v[0] for k, v in batches[2].items()}  # sample 4
+  for field in ("segment_ids", "loss_mask", "images"):
+    assert not empty[field].any()
   again = iter(pipeline)
   take(again, 2)
   other = iter(pipeline)
@@ -154,8 +147,29 @@ def test_skip_drops_late_failures_and_keeps_batches_full(dataset, llama):
 def test_a_set_without_any_good_image_ends(dataset, llama):
   records = [r | {"image": "cut.png"} for r in late_failures(dataset) if "image" in r]
   iterator = iter(make_pipeline(dataset(records, on_error="skip"), llama))
-  with pytest.raises(DataError, match="broken_image"):
-    next(iterator)
+  with pytest.raises(DataError, match="No sample of the whole set can be used"):
+    take(iterator, 20)
+
+
+def test_hosts_keep_step_when_a_sample_fails(dataset, llama):
+  config = dataset(late_failures(dataset), batch_size=4, on_error="skip")
+  whole = iter(make_pipeline(config, llama))
+  hosts = [iter(make_pipeline(config, llama, host=h, hosts=2)) for h in (0, 1)]
+  for _ in range(6):
+    batch, parts = next(whole), [next(h) for h in hosts]
+    for h in (0, 1):
+      np.testing.assert_array_equal(batch["tokens"][h::2], parts[h]["tokens"])
+  assert {it.get_state()["samples"] for it in (whole, *hosts)} == {24}
+
+
+def test_a_changed_file_is_noticed(dataset, llama, caplog):
+  iterator = iter(make_pipeline(dataset(good(10)), llama))
+  take(iterator, 2)
+  with caplog.at_level("WARNING"):
+    iter(make_pipeline(dataset(good(10)), llama)).set_state(iterator.get_state())
+    assert "another order" not in caplog.text
+    iter(make_pipeline(dataset(good(9)), llama)).set_state(iterator.get_state())
+  assert "another order" in caplog.text
 
 
 def test_workers_change_nothing(dataset, llama):

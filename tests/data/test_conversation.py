@@ -76,5 +76,5 @@ def test_leading_reply_and_order():
 
 
 def test_unknown_template_names_the_nearest():
-  with pytest.raises(KeyError, match="did you mean 'vicuna_v1'"):
+  with pytest.raises(ValueError, match="did you mean 'vicuna_v1'"):
     get_template("vicuna_v11")

@@ -19,9 +19,9 @@ from mgjax.data.tokenize import (
     Tokenized,
     encode_prompt,
     expand,
-    load_tokenizer,
     tokenize_conversation,
 )
+from mgjax.data.tokenizer import load_tokenizer
 
 
 def check_training(tokenizer, template, case):
@@ -222,6 +222,21 @@ def test_folders_that_cannot_be_read(tmp_path, cases):
   config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<end>"}
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="'<end>' .* not in tokenizer.model"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text("{")
+  with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text(
+      '{"tokenizer_class": null, "legacy": null, "additional_special_tokens": null}')
+  text = "a</s>b"
+  assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(
+      cases / "small_llama").encode(text)
+  pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+  (tmp_path / "tokenizer.model").write_bytes(pointer)
+  with pytest.raises(ValueError, match="tokenizer.model: cannot be read .*git-lfs pointer"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.model").rename(tmp_path / "tokenizer.json")
+  with pytest.raises(ValueError, match="tokenizer.json: cannot be read .*git-lfs pointer"):
     load_tokenizer(tmp_path)
   with pytest.raises(KeyError, match="no token '<nope>'"):
     load_tokenizer(cases / "small_llama").token_id("<nope>")

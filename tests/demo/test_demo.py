@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 
@@ -10,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from mgjax.demo import report
-from mgjax.demo.make import Sizes, corpus, make, training_pairs
+from mgjax.demo.make import Sizes, corpus, make
 from mgjax.demo.render import (
   HELD_OUT_PHOTOS,
   TRAIN_PHOTOS,
@@ -29,7 +30,7 @@ from mgjax.demo.world import (
   as_words,
   ask,
   ask_several,
-  held_out_pairs,
+  is_held_out,
   sample_scene,
 )
 
@@ -96,34 +97,24 @@ def test_a_record_does_not_depend_on_how_many_there_are(folder, tmp_path):
     assert load(tmp_path, name) == load(folder, name)[:3]
 
 
-def test_held_out_pairs_are_in_no_training_image():
-  world = World()
-  hidden, seen = held_out_pairs(world), training_pairs(world)
-  assert len(hidden) == 7 and not set(hidden) & set(seen)
-  assert set(hidden) | set(seen) == set(all_pairs(world))
-  for colour in world.colours:
-    assert sum(c == colour for c, _ in seen) >= 8
-  for char in world.characters:
-    assert sum(k == char for _, k in seen) >= 5
+def signs_in(text):
+  """The signs of a caption: their colours and characters, in order."""
+  return tuple(Sign(i, word[:-1], word[-1]) for i, word in enumerate(text.split()) if word != "-")
+
+
+def test_held_out_texts_are_in_no_training_image(folder):
+  world, rng = World(), np.random.default_rng(0)
   assert not set(HELD_OUT_PHOTOS) & set(TRAIN_PHOTOS)
-
-
-def test_held_out_images_show_hidden_pairs_and_ask_about_them(folder):
-  hidden = set(held_out_pairs(World()))
-  for r in load(folder, "heldout"):
-    question, answer = (t["value"] for t in r["conversations"])
-    colour = [c for c in World().colours if c in question.split()]
-    if r["kind"] == "read_one":
-      assert tuple(answer.split()) in hidden and answer.split()[0] == colour[0]
-    if r["kind"] == "which_colour":
-      char = [w for w in question.strip("?").split() if w in World().characters]
-      assert tuple(answer.split()[::-1]) in hidden and answer.split()[0] == char[0]
-  for r in load(folder, "crops"):
-    words = r["conversations"][1]["value"].split()
-    assert tuple(words) not in hidden
+  scenes = [sample_scene(world, rng, held_out=None) for _ in range(3000)]
+  share = np.mean([is_held_out(world, signs) for signs in scenes])
+  assert abs(share - world.held_out) < 0.03
+  # Where they stand is no part of the text.
+  moved = [tuple(dataclasses.replace(s, cell=i) for i, s in enumerate(signs)) for signs in scenes]
+  assert [is_held_out(world, s) for s in moved] == [is_held_out(world, s) for s in scenes]
   for r in load(folder, "captions"):
-    words = set(r["conversations"][1]["value"].split())
-    assert not words & {colour + char for colour, char in hidden}
+    assert not is_held_out(world, signs_in(r["conversations"][1]["value"]))
+  alone = [sign for signs in scenes if not is_held_out(world, signs) for sign in signs]
+  assert {(s.colour, s.char) for s in alone} == set(all_pairs(world))  # every sign is learnt
 
 
 def test_questions_have_the_answers_of_the_scene():
@@ -149,8 +140,8 @@ def test_scenes_are_valid():
   world = World()
   for i in range(200):
     rng = np.random.default_rng(i)
-    signs = sample_scene(world, rng, all_pairs(world), include=("red", "7"))
-    assert 1 <= len(signs) <= 4 and ("red", "7") in {(s.colour, s.char) for s in signs}
+    signs = sample_scene(world, rng, held_out=i % 2 == 0)
+    assert 1 <= len(signs) <= 4 and is_held_out(world, signs) == (i % 2 == 0)
     assert len({s.colour for s in signs}) == len({s.cell for s in signs}) == len(signs)
     assert [s.cell for s in signs] == sorted(s.cell for s in signs)
 

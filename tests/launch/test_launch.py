@@ -76,6 +76,8 @@ def test_chat_answers_from_the_checkpoint(trained):
 @pytest.mark.parametrize("flags,said", [
     (["--config.mesh.fsdp=3"], "fsdp=3"),
     (["--config.optimizer.lerning_rate=1"], "learning_rate"),
+    (["--config.init_from=('', 'x')"], "config.init_from"),
+    (["--workdir=gs://bucket/run"], "gs://bucket/run"),
     (["--config.data.path=nowhere.json"], "nowhere.json"),
     (["--config.tokenizer="], "config.tokenizer is empty"),
 ])
@@ -95,8 +97,10 @@ def test_bad_samples_stop_or_are_skipped(tmp_path):
   (tmp_path / "data.json").write_text(json.dumps(records))
   stopped = call(command(tmp_path, "--config.steps=1"))
   assert stopped.returncode != 0 and "Traceback" not in stopped.stderr
-  for said in ("#1 (id s1)", "#2 (id s2)", "missing.png", "on_error='skip'"):
+  for said in ("#1 (id s1)", "#2 (id s2)", "missing.png", "on_error=skip"):
     assert said in stopped.stderr
   skipped = call(command(tmp_path, "--config.steps=1", "--config.data.on_error=skip"))
   assert skipped.returncode == 0, skipped.stderr
   assert "missing_image 1" in skipped.stderr and "path_escape 1" in skipped.stderr
+  told = [json.loads(x) for x in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+  assert [(x["index"], x["kind"]) for x in told] == [(1, "path_escape"), (2, "missing_image")]

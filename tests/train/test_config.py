@@ -2,7 +2,7 @@
 import pytest
 
 from configs import demo, stage1, stage2
-from mgjax.config import ModelConfig, build
+from mgjax.config import ConfigError, ModelConfig, build
 from mgjax.presets import PRESETS, find
 from mgjax.train.config import RunConfig, run_config
 
@@ -10,6 +10,10 @@ from mgjax.train.config import RunConfig, run_config
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("stage", [stage1, stage2])
 def test_every_preset_makes_a_run(stage, preset):
+  if stage is stage1 and find(preset).model.grid > 1:
+    with pytest.raises(ValueError, match="high definition begins in stage 2"):
+      stage.get_config(preset)
+    return
   values = stage.get_config(preset).to_dict()
   values["data"]["path"] = "x.json"
   run = run_config(values)
@@ -27,7 +31,7 @@ def test_the_numbers_of_the_recipe(preset, width, tokens, template, lr):
   assert (run.optimizer.weight_decay, run.optimizer.clip_norm) == (0, None)
   assert (run.data.batch_size, run.optimizer.warmup_ratio) == (128, 0.03)
   assert run.optimizer.table[0].lr == (2.0 if preset.startswith("mgm-34b") else 1.0)
-  align = run_config(stage1.get_config(preset).to_dict())
+  align = run_config(stage1.get_config(preset.removesuffix("-hd")).to_dict())
   assert (align.data.batch_size, align.optimizer.learning_rate) == (256, 1e-3)
   assert align.data.template == ("llama_3" if preset == "mgm-8b" else "plain")
   assert align.data.aspect == "square" and run.data.aspect == "pad"
@@ -65,5 +69,20 @@ def test_wrong_keys_and_values_are_named():
     build(ModelConfig, {"hr_size": 700}, "config.model")
   with pytest.raises(ValueError, match="global_view needs grid >= 2"):
     build(ModelConfig, {"global_view": True}, "config.model")
+  for key, value in [("steps", 0), ("steps", -1), ("epochs", 0.0), ("accumulate", 0),
+                     ("log_every", 0), ("chat_template", "nonsense"), ("chat_aspect", "round"),
+                     ("init_from", "abc"), ("init_from", ("", "x")),
+                     ("init_from", (("a", "b", "c"),)), ("seed", True),
+                     ("checkpoint", {"every": 0}), ("optimizer", {"learning_rate": float("nan")}),
+                     ("optimizer", {"learning_rate": True}),
+                     ("optimizer", {"table": (("(", 1.0),)}),
+                     ("optimizer", {"table": (("", 1.0, None, 1),)}),
+                     ("optimizer", {"table": (("", 1.0, 12),)})]:
+    with pytest.raises(ConfigError):
+      run_config(good | {key: value})
+  for model in ({"decoder": {"kv_heads": 0}}, {"vision": {"patch_size": 0}},
+                {"vision_hr": {"drop_path": 1.0}}, {"decoder": {"head_dim": 15}}, {"grid": 0}):
+    with pytest.raises(ConfigError):
+      build(ModelConfig, model, "config.model")
   with pytest.raises(ValueError, match="config needs data"):
     build(RunConfig, {"model": ModelConfig()}, "config")

@@ -3,6 +3,9 @@ import dataclasses
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +14,10 @@ from small_run import make_run
 
 from mgjax import checkpoint, trees
 from mgjax.checkpoint import CheckpointError
+from mgjax.config import ConfigError
+from mgjax.data.sources import DataError
 from mgjax.train import loop
+from mgjax.train.config import CheckpointConfig, MeshConfig
 from mgjax.train.loop import TrainingError, train
 
 
@@ -71,8 +77,11 @@ def test_nonfinite_loss_stops_before_the_update(tmp_path):
   config = make_run(tmp_path, steps=4)
   config = dataclasses.replace(config, optimizer=dataclasses.replace(
       config.optimizer, learning_rate=1e30, clip_norm=None, schedule="constant"))
+  config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=1))
   with pytest.raises(TrainingError, match=r"step 2: loss .*not finite.*#\d+ \(id s"):
     train(config, tmp_path / "run")
+  assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["1"]
+  assert all(np.isfinite(v).all() for v in saved(tmp_path / "run", 1).values())
 
 
 def test_checkpoint_of_another_config_is_refused(tmp_path):
@@ -80,8 +89,57 @@ def test_checkpoint_of_another_config_is_refused(tmp_path):
   train(config, tmp_path / "run")
   decoder = dataclasses.replace(config.model.decoder, mlp_width=96)
   other = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
-  with pytest.raises(CheckpointError, match=r"has shape \(.*\) there and \(.*96.*another model"):
-    train(other, tmp_path / "run")
+  with pytest.raises(ConfigError, match="mlp_width was 128 and is 96"):
+    train(dataclasses.replace(other, steps=2), tmp_path / "run")
+
+
+def test_a_run_goes_on_only_as_the_same_model(tmp_path, caplog):
+  config = make_run(tmp_path, steps=1)
+  train(config, tmp_path / "run")
+  assert train(config, tmp_path / "run") == 1  # nothing left to do
+  decoder = dataclasses.replace(config.model.decoder, rope_theta=5.0)  # no shape shows it
+  other = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+  for changed in ({"steps": 2}, {"init_from": (("", str(tmp_path / "run")),)}):
+    workdir = tmp_path / ("run" if "steps" in changed else "other")
+    with pytest.raises(ValueError, match="rope_theta .*10000.0.* 5.0"):
+      train(dataclasses.replace(other, **changed), workdir)
+  more = dataclasses.replace(config, steps=2, seed=7)
+  with caplog.at_level("WARNING"):
+    assert train(more, tmp_path / "run") == 2
+  assert "seed was 0 and is 7" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+  config = dataclasses.replace(make_run(tmp_path, steps=3), checkpoint=CheckpointConfig(every=1))
+  train(config, tmp_path / "run")
+  good = saved(tmp_path / "run", 3)
+  steps = tmp_path / "run/checkpoints"
+  assert sorted(p.name for p in steps.iterdir()) == ["2", "3"]
+  for file in (steps / "3/state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:10])
+  more = dataclasses.replace(config, steps=4)
+  with caplog.at_level("WARNING"):
+    assert train(more, tmp_path / "run") == 4
+  assert "checkpoints/3: " in caplog.text
+  assert [p.name.split("-")[0] for p in (tmp_path / "run/damaged").iterdir()] == ["3"]
+  lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+  assert [x["step"] for x in lines] == [1, 2, 3, 4]
+  assert good.keys() == saved(tmp_path / "run", 3).keys()
+
+
+def test_a_sample_that_fails_late_loses_no_work(tmp_path):
+  config = make_run(tmp_path, steps=4)
+  whole = (tmp_path / "1.png").read_bytes()
+  (tmp_path / "1.png").write_bytes(whole[:len(whole) // 2])
+  data = dataclasses.replace(config.data, shuffle=False, batch_size=1)
+  config = dataclasses.replace(config, data=data)
+  with pytest.raises(DataError, match=r"#1 \(id s1\): broken_image"):
+    train(config, tmp_path / "run")
+  (tmp_path / "1.png").write_bytes(whole)
+  assert train(config, tmp_path / "run") == 4
+  train(config, tmp_path / "straight")
+  same(saved(tmp_path / "run", 4), saved(tmp_path / "straight", 4))
 
 
 def test_missing_checkpoint(tmp_path):
@@ -107,48 +165,88 @@ def test_init_from_takes_parts(tmp_path):
     train(wrong, tmp_path / "third")
 
 
-def test_eight_devices_equal_one(tmp_path):
-  """Losses and parameters on a 2x2x2x1 mesh against one device, float32."""
-  import subprocess
-  import sys
-  script = (
-      "import jax, sys, pathlib; jax.config.update('jax_num_cpu_devices', int(sys.argv[2]));"
-      "jax.config.update('jax_default_matmul_precision', 'highest');"
-      "from small_run import make_run; from mgjax.train.loop import train; import dataclasses;"
-      "from mgjax.train.config import MeshConfig;"
-      "root = pathlib.Path(sys.argv[1]);"
-      "mesh = MeshConfig(2, 2, 2, 1) if sys.argv[2] == '8' else MeshConfig(1, 1, 1, 1);"
-      "train(dataclasses.replace(make_run(root, steps=3), mesh=mesh), root / sys.argv[2])")
+# argv: folder, name of the run, devices, mesh, steps, process, processes, port
+SCRIPT = """
+import dataclasses, pathlib, sys
+import jax
+folder, name, devices, mesh, steps, process, processes, port = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", int(devices))
+jax.config.update("jax_default_matmul_precision", "highest")
+if processes != "1":
+  jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
+from mgjax.train.config import MeshConfig
+from mgjax.train.loop import train
+from small_run import make_run
+run = make_run(folder, steps=int(steps))
+run = dataclasses.replace(run, mesh=MeshConfig(*map(int, mesh.split("x"))))
+train(run, pathlib.Path(folder) / name)
+"""
+
+
+def run_processes(root, name, *, devices=1, mesh="1x1x1x1", steps=3, processes=1):
+  """A small run in processes of its own, with so many devices each."""
   here = os.path.dirname(os.path.abspath(__file__))
   env = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.getcwd()]), "JAX_PLATFORMS": "cpu"}
-  for devices in ("1", "8"):
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), devices], check=True, env=env)
-  lines = lambda d: [json.loads(x) for x in
-                     (tmp_path / d / "metrics.jsonl").read_text().splitlines()]
-  for one, eight in zip(lines("1"), lines("8")):
-    assert abs(one["loss"] - eight["loss"]) < 1e-5
-    assert abs(one["grad_norm"] - eight["grad_norm"]) < 1e-4
-  a, b = saved(tmp_path / "1", 3), saved(tmp_path / "8", 3)
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  started = [subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, (
+      root, name, devices, mesh, steps, process, processes, port))], env=env)
+             for process in range(processes)]
+  assert [p.wait(timeout=300) for p in started] == [0] * processes
+
+
+def close(root, one, other, step):
+  """Losses and parameters of two runs agree in float32."""
+  lines = lambda d: [json.loads(x) for x in (root / d / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines(one)) == step
+  for a, b in zip(lines(one), lines(other), strict=True):
+    assert a["terms"] == b["terms"]
+    assert abs(a["loss"] - b["loss"]) < 1e-5
+    assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-4
+  a, b = saved(root / one, step), saved(root / other, step)
   for key in a:
     if not (key.startswith("opt_state") or key.endswith("key/dense/bias")
             or key.endswith("key/norm/bias")):  # biases whose true gradient is zero: noise
       np.testing.assert_allclose(a[key], b[key], atol=1e-5, rtol=0, err_msg=key)
 
 
+def test_eight_devices_equal_one(tmp_path):
+  make_run(tmp_path, steps=3)
+  run_processes(tmp_path, "one")
+  run_processes(tmp_path, "eight", devices=8, mesh="2x2x2x1")
+  close(tmp_path, "one", "eight", 3)
+
+
+def test_two_hosts_equal_one_and_hand_over_to_it(tmp_path):
+  make_run(tmp_path, steps=4)
+  run_processes(tmp_path, "one", steps=4)
+  run_processes(tmp_path, "two", mesh="2x1x1x1", steps=4, processes=2)
+  close(tmp_path, "one", "two", 4)
+  # Two hosts save, one goes on.  (Fewer steps would end the schedule sooner: compare with itself.)
+  run_processes(tmp_path, "first", mesh="2x1x1x1", steps=2, processes=2)
+  run_processes(tmp_path, "alone", steps=2)
+  for name in ("first", "alone"):
+    run_processes(tmp_path, name, steps=4)
+  close(tmp_path, "alone", "first", 4)
+
+
 def test_mesh_and_batch_that_do_not_fit(tmp_path):
-  from mgjax.train.config import MeshConfig
   config = make_run(tmp_path, steps=1)
   wrong = dataclasses.replace(config, mesh=MeshConfig(1, 3, 1, 1))
   with pytest.raises(ValueError, match="fsdp=3.* does not cover the .* devices"):
     train(wrong, tmp_path / "run")
 
 
-def test_no_recompilation_after_the_first_step(tmp_path):
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-      lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else None)
-  train(make_run(tmp_path, steps=2), tmp_path / "two")
-  two = len(compiled)
-  compiled.clear()
-  train(make_run(tmp_path, steps=6), tmp_path / "six")
-  assert len(compiled) <= two
+def test_no_recompilation_after_the_first_step(tmp_path, monkeypatch):
+  compiled, counts = [], []
+  listener = lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else 0
+  put = loop.put
+  monkeypatch.setattr(loop, "put", lambda *a: (counts.append(len(compiled)), put(*a))[1])
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    train(make_run(tmp_path, steps=5), tmp_path / "run")
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  assert len(counts) == 5 and counts[0] > 0
+  assert counts[1] == counts[-1]  # the first step may still place its batch

@@ -1,5 +1,4 @@
 """Five updates of the original's training runs, loss by loss."""
-import dataclasses
 import json
 
 import jax
@@ -11,10 +10,11 @@ from flax import nnx
 from golden_models import LLAMA_CASES, case_batch, load_case
 
 from mgjax import trees
+from mgjax.config import ConfigError
 from mgjax.data.pipeline import DataConfig
 from mgjax.sharding import make_mesh, mesh_context
 from mgjax.train.config import RunConfig
-from mgjax.train.optimizer import OptimizerConfig, Row, make_optimizer, split_frozen
+from mgjax.train.optimizer import OptimizerConfig, Row, check_table, make_optimizer, split_frozen
 from mgjax.train.state import TrainState
 from mgjax.train.step import make_train_step
 
@@ -82,9 +82,13 @@ def test_layers_left_out_do_not_move():
 
 
 def test_table_errors():
-  from mgjax.train.optimizer import check_table
-  with pytest.raises(ValueError, match="no row of the table covers 'b/x'"):
-    check_table(["a/x", "b/x"], (Row("^a/"),))
-  with pytest.raises(ValueError, match=r"\['\^c/'\] cover no parameter"):
-    check_table(["a/x"], (Row("^a/"), Row("^c/")))
-  assert dataclasses.replace(Row(""), lr=None).lr is None
+  shapes = lambda *paths: {path: jax.ShapeDtypeStruct((3, 2), jnp.float32) for path in paths}
+  with pytest.raises(ConfigError, match="no row of the table covers 'b/x'"):
+    check_table(shapes("a/x", "b/x"), (Row("^a/"),))
+  with pytest.raises(ConfigError, match=r"\['\^c/'\] cover no parameter"):
+    check_table(shapes("a/x"), (Row("^a/"), Row("^c/")))
+  with pytest.raises(ConfigError, match="a/patch_embed/kernel is no stack of layers"):
+    check_table(shapes("a/patch_embed/kernel"), (Row("^a/", 1.0, (1, None)),))
+  with pytest.raises(ConfigError, match="has 3 layers"):
+    check_table(shapes("a/blocks/q/kernel"), (Row("^a/", 1.0, (3, None)),))
+  check_table(shapes("a/blocks/q/kernel"), (Row("^a/", 1.0, (-1, None)),))
