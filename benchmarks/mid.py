@@ -51,7 +51,7 @@ def peak_gib() -> float:
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-  parser.add_argument("--remat", default="none")
+  parser.add_argument("--remat", default="nothing_saveable")
   args = parser.parse_args()
   preset = find("mid")
   config, rng = preset.model, np.random.default_rng(0)

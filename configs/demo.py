@@ -17,7 +17,7 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, base_config, tune
 
-FULL = dict(hr_tower=1300, lr_tower=400, language=1800, stage1=400, stage2=400)
+FULL = dict(hr_tower=1300, lr_tower=400, language=1800, stage1=600, stage2=700)
 LENGTH = 128  # a scene and five questions about it
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
@@ -38,7 +38,7 @@ def get_config(size: str = "full"):
         "captions.json", 64, steps["stage1"], 2e-3, ALIGN, twin,
         (("vision", "lr_tower"), ("decoder", "language")))
     config.runs["stage2" + suffix] = stage(
-        "instruct.json", LENGTH, steps["stage2"], 5e-4, tune(), twin, (("", "stage1" + suffix),))
+        "instruct.json", LENGTH, steps["stage2"], 1e-3, tune(), twin, (("", "stage1" + suffix),))
   config.order = ("hr_tower", "lr_tower", "language", "stage1", "stage2", "stage1_twin",
                   "stage2_twin")
   config.compare = (("mining", "stage2"), ("low resolution alone", "stage2_twin"))

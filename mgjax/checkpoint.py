@@ -133,10 +133,13 @@ def resolve(path: str | Path) -> Path:
 
 def _saved_shapes(folder: Path) -> dict[str, Any]:
   try:
-    return trees.flatten(ocp.checkpointables_metadata(folder).metadata["state"])
+    metadata = ocp.checkpointables_metadata(folder).metadata["state"]
   except Exception as e:
     raise DamagedCheckpoint(f"{folder}: not a readable checkpoint ({type(e).__name__}: "
                             f"{_first_line(e)})") from e
+  if metadata is None:
+    raise DamagedCheckpoint(f"{folder}: not a readable checkpoint; the list of its arrays is lost")
+  return trees.flatten(metadata)
 
 
 def _check_shapes(wanted: dict[str, Any], saved: dict[str, Any], folder: Path, *,

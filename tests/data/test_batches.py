@@ -165,7 +165,7 @@ def test_hosts_keep_step_when_a_sample_fails(dataset, llama):
 def test_a_changed_file_is_noticed(dataset, llama, caplog):
   iterator = iter(make_pipeline(dataset(good(10)), llama))
   take(iterator, 2)
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     iter(make_pipeline(dataset(good(10)), llama)).set_state(iterator.get_state())
     assert "another order" not in caplog.text
     iter(make_pipeline(dataset(good(9)), llama)).set_state(iterator.get_state())

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from small_run import make_run
 
 from mgjax import checkpoint, trees
@@ -22,10 +23,13 @@ from mgjax.train.loop import TrainingError, train
 
 
 def saved(workdir, step):
-  """Every saved array of a step, by path."""
-  from orbax.checkpoint import v1 as ocp
+  """Every saved array of a step, by path, whatever devices it was saved from."""
+  folder = workdir / "checkpoints" / str(step)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
+                       ocp.checkpointables_metadata(folder).metadata["state"])
   return {k: np.asarray(v) for k, v in trees.flatten(
-      ocp.load_checkpointables(workdir / "checkpoints" / str(step))["state"]).items()}
+      ocp.load_checkpointables(folder, dict(state=state))["state"]).items()}
 
 
 def same(a, b):
@@ -104,7 +108,7 @@ def test_a_run_goes_on_only_as_the_same_model(tmp_path, caplog):
     with pytest.raises(ValueError, match="rope_theta .*10000.0.* 5.0"):
       train(dataclasses.replace(other, **changed), workdir)
   more = dataclasses.replace(config, steps=2, seed=7)
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     assert train(more, tmp_path / "run") == 2
   assert "seed was 0 and is 7" in caplog.text
 
@@ -119,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
     if file.is_file():
       file.write_bytes(file.read_bytes()[:10])
   more = dataclasses.replace(config, steps=4)
-  with caplog.at_level("WARNING"):
+  with caplog.at_level("WARNING", logger="absl"):
     assert train(more, tmp_path / "run") == 4
   assert "checkpoints/3: " in caplog.text
   assert [p.name.split("-")[0] for p in (tmp_path / "run/damaged").iterdir()] == ["3"]
