@@ -215,19 +215,28 @@ def close(root, one, other, step):
       np.testing.assert_allclose(a[key], b[key], atol=1e-5, rtol=0, err_msg=key)
 
 
-def test_eight_devices_equal_one(tmp_path):
-  make_run(tmp_path, steps=3)
-  run_processes(tmp_path, "one")
-  run_processes(tmp_path, "eight", devices=8, mesh="2x2x2x1")
-  close(tmp_path, "one", "eight", 3)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+  """A run of three steps on one device, called "one"."""
+  root = tmp_path_factory.mktemp("processes")
+  make_run(root, steps=3)
+  run_processes(root, "one")
+  return root
 
 
-def test_two_hosts_equal_one_and_hand_over_to_it(tmp_path):
+def test_eight_devices_equal_one(one):
+  run_processes(one, "eight", devices=8, mesh="2x2x2x1")
+  close(one, "one", "eight", 3)
+
+
+def test_two_hosts_equal_one(one):
+  run_processes(one, "two", mesh="2x1x1x1", processes=2)
+  close(one, "one", "two", 3)
+
+
+@pytest.mark.slow
+def test_two_hosts_hand_over_to_one(tmp_path):
   make_run(tmp_path, steps=4)
-  run_processes(tmp_path, "one", steps=4)
-  run_processes(tmp_path, "two", mesh="2x1x1x1", steps=4, processes=2)
-  close(tmp_path, "one", "two", 4)
-  # Two hosts save, one goes on.  (Fewer steps would end the schedule sooner: compare with itself.)
   run_processes(tmp_path, "first", mesh="2x1x1x1", steps=2, processes=2)
   run_processes(tmp_path, "alone", steps=2)
   for name in ("first", "alone"):
