@@ -17,8 +17,8 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, base_config, tune
 
-FULL = dict(hr_tower=1300, lr_tower=400, language=1800, stage1=600, stage2=700)
-LENGTH = 128  # a scene and five questions about it
+FULL = dict(hr_tower=1300, lr_tower=400, language=2400, stage1=600, stage2=700)
+LENGTH = 136  # a scene and five questions about it
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
 

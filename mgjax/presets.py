@@ -70,7 +70,7 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(_TINY, "chatml_direct", max_length=128),
     "tiny-hd": Preset(dataclasses.replace(_TINY, hr_size=256, grid=2, global_view=True),
                       "chatml_direct", max_length=256),
-    "demo": Preset(_DEMO, "chatml_direct", max_length=128),
+    "demo": Preset(_DEMO, "chatml_direct", max_length=136),
 }
 
 

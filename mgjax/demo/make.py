@@ -37,7 +37,7 @@ from .world import (
   sample_scene,
 )
 
-VERSION = 4  # raise when the same parameters would give other files
+VERSION = 5  # raise when the same parameters would give other files
 IMAGE = "<image>"
 QUESTIONS = 5  # of one scene; an answer is little to learn from
 
