@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -40,22 +41,23 @@ def conv(size: int) -> Form:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """`hf` name <-> `path` here; with `layer` the tensor is that entry of a stacked array."""
+  """`hf` name <-> `path` here; with `at` the tensor is that entry of a stacked array: (layer,) or
+  (layer, expert)."""
 
   hf: str
   path: str
   form: Form = SAME
-  layer: int | None = None
+  at: tuple[int, ...] = ()
 
 
-def _norm(hf, path, layer=None, bias=True):
-  rows = [Row(f"{hf}.weight", f"{path}/scale", SAME, layer)]
-  return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, layer)] if bias else [])
+def _norm(hf, path, *at, bias=True):
+  rows = [Row(f"{hf}.weight", f"{path}/scale", SAME, at)]
+  return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
 
 
-def _linear(hf, path, layer=None, bias=True, form=LINEAR):
-  rows = [Row(f"{hf}.weight", f"{path}/kernel", form, layer)]
-  return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, layer)] if bias else [])
+def _linear(hf, path, *at, bias=True, form=LINEAR):
+  rows = [Row(f"{hf}.weight", f"{path}/kernel", form, at)]
+  return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
 
 
 def decoder_rows(config: ModelConfig) -> list[Row]:
@@ -64,14 +66,21 @@ def decoder_rows(config: ModelConfig) -> list[Row]:
   for i in range(config.decoder.depth):
     hf, path = f"model.layers.{i}", "decoder/blocks"
     names = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
-             "self_attn.o_proj": "out", "mlp.gate_proj": "gate", "mlp.up_proj": "up",
-             "mlp.down_proj": "down"}
+             "self_attn.o_proj": "out"}
+    if config.decoder.experts:
+      names["block_sparse_moe.gate"] = "experts/router"
+      for e in range(config.decoder.experts):
+        rows += [Row(f"{hf}.block_sparse_moe.experts.{e}.{theirs}.weight", f"{path}/experts/{ours}",
+                     LINEAR, (i, e))
+                 for theirs, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items()]
+    else:
+      names |= {f"mlp.{name}_proj": name for name in ("gate", "up", "down")}
     for theirs, ours in names.items():
       rows += _linear(f"{hf}.{theirs}", f"{path}/{ours}", i, bias=False)
     rows += _norm(f"{hf}.input_layernorm", f"{path}/norm1", i, bias=False)
     rows += _norm(f"{hf}.post_attention_layernorm", f"{path}/norm2", i, bias=False)
   rows += _norm("model.norm", "decoder/norm", bias=False)
-  return rows + _linear("lm_head", "decoder/head", bias=False)
+  return rows if config.decoder.tied_head else rows + _linear("lm_head", "decoder/head", bias=False)
 
 
 def clip_rows(config: ModelConfig, prefix="model.vision_tower.vision_tower.") -> list[Row]:
@@ -106,9 +115,9 @@ def convnext_rows(config: ModelConfig, stem="model.vision_tower_aux.vision_stem"
       rows += _linear(f"{hf}.downsample.1", f"{path}/down", form=conv(2))
     for b in range(depth):
       block, ours = f"{hf}.blocks.{b}", f"{path}/blocks"
-      rows += [Row(f"{block}.gamma", f"{ours}/gamma", SAME, b),
-               Row(f"{block}.conv_dw.weight", f"{ours}/kernel", DEPTHWISE, b),
-               Row(f"{block}.conv_dw.bias", f"{ours}/bias", SAME, b)]
+      rows += [Row(f"{block}.gamma", f"{ours}/gamma", SAME, (b,)),
+               Row(f"{block}.conv_dw.weight", f"{ours}/kernel", DEPTHWISE, (b,)),
+               Row(f"{block}.conv_dw.bias", f"{ours}/bias", SAME, (b,))]
       rows += _norm(f"{block}.norm", f"{ours}/norm", b)
       rows += _linear(f"{block}.mlp.fc1", f"{ours}/up", b)
       rows += _linear(f"{block}.mlp.fc2", f"{ours}/down", b)
@@ -168,16 +177,17 @@ def from_hf(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[
     if row.path not in shapes:
       raise ValueError(f"{source}: {row.hf} maps to {row.path}, which this model does not have")
     value, want = row.form.load(np.asarray(tensors[row.hf])), tuple(shapes[row.path])
-    if value.shape != (want if row.layer is None else want[1:]):
+    if value.shape != want[len(row.at):]:
       raise ValueError(f"{source}: {row.hf} has shape {tensors[row.hf].shape}, which is "
                        f"{value.shape} at {row.path} where {want} is expected")
-    if row.layer is None:
-      out[row.path] = value
+    if row.at:
+      out.setdefault(row.path, np.empty(want, value.dtype))[row.at] = value
     else:
-      out.setdefault(row.path, np.empty(want, value.dtype))[row.layer] = value
+      out[row.path] = value
     filled[row.path] = filled.get(row.path, 0) + 1
+  stacked = {row.path: len(row.at) for row in rows}
   for path, want in shapes.items():
-    count = want[0] if any(r.path == path and r.layer is not None for r in rows) else 1
+    count = math.prod(want[:stacked.get(path, 0)])
     if filled.get(path, 0) != count:
       raise ValueError(f"{source}: {path} needs {count} tensors, {filled.get(path, 0)} were set")
   return out
@@ -188,5 +198,5 @@ def to_hf(arrays: Mapping[str, np.ndarray], rows: list[Row]) -> dict[str, np.nda
   out = {}
   for row in rows:
     value = np.asarray(arrays[row.path])
-    out[row.hf] = row.form.save(value if row.layer is None else value[row.layer])
+    out[row.hf] = row.form.save(value[row.at])
   return out

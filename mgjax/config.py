@@ -87,9 +87,12 @@ class ConvNextConfig:
     return self.stride * 2 ** (len(self.depths) - 1)
 
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """A Llama-family decoder (R1.10, R1.11).  Defaults: Vicuna-7B."""
+  """A decoder of the Llama, Gemma or Mistral family (R1.10, R1.11).  Defaults: Vicuna-7B."""
 
   vocab_size: int = 32000
   width: int = 4096
@@ -100,9 +103,22 @@ class DecoderConfig:
   mlp_width: int = 11008
   norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  activation: str = "silu"      # of the gated MLP: silu | gelu (exact) | gelu_tanh
+  norm_offset: float = 0.0      # norms multiply by offset + weight (Gemma: 1)
+  scale_inputs: bool = False    # embeddings, visual tokens too, times sqrt(width) (Gemma)
+  tied_head: bool = False       # the head is the embedding table
+  sliding_window: int | None = None  # positions that a position sees, itself included (Mistral)
+  experts: int = 0              # MLPs to choose from (Mixtral); 0: one MLP for all tokens
+  experts_per_token: int = 2    # how many of them a token uses
 
   def __post_init__(self):
     at_least(self, 1, "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_width")
+    at_least(self, 1, "sliding_window", "experts_per_token")
+    if self.experts and self.experts_per_token > self.experts:
+      raise ConfigError(f"decoder: experts_per_token {self.experts_per_token} of only "
+                        f"{self.experts} experts")
+    if self.activation not in ACTIVATIONS:
+      raise ConfigError(f"decoder: activation {self.activation!r}; one of {', '.join(ACTIVATIONS)}")
     if self.head_dim % 2:
       raise ConfigError(f"decoder: head_dim {self.head_dim} is odd; RoPE turns pairs")
     if self.heads % self.kv_heads:

@@ -27,6 +27,11 @@ def _hd(preset: Preset) -> Preset:
 
 # The recipe trains with drop path in the frozen HR tower (R1.4); inference never applies it.
 _HR = ConvNextConfig(drop_path=0.1)
+_GEMMA_2B = Preset(
+    ModelConfig(vision_hr=_HR, decoder=DecoderConfig(
+        vocab_size=256000, width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_width=16384,
+        norm_eps=1e-6, activation="gelu", norm_offset=1.0, scale_inputs=True, tied_head=True)),
+    "gemma", "gemma")
 _VICUNA_7B = Preset(ModelConfig(vision_hr=_HR, decoder=DecoderConfig()), "vicuna_v1")
 _VICUNA_13B = Preset(
     ModelConfig(vision_hr=_HR, decoder=DecoderConfig(width=5120, depth=40, heads=40, kv_heads=40,
@@ -35,6 +40,10 @@ _LLAMA3_8B = Preset(
     ModelConfig(vision_hr=_HR, decoder=DecoderConfig(vocab_size=128256, kv_heads=8,
                                                      mlp_width=14336, rope_theta=500000.0)),
     "llama_3", "llama_3")
+_MIXTRAL_8X7B = Preset(
+    ModelConfig(vision_hr=_HR, decoder=DecoderConfig(
+        kv_heads=8, mlp_width=14336, rope_theta=1000000.0, experts=8, experts_per_token=2)),
+    "mistral_instruct", learning_rate=1e-5, projector_multiplier=2.0)
 _YI_34B = Preset(
     ModelConfig(vision_hr=_HR, decoder=DecoderConfig(vocab_size=64000, width=7168, depth=60,
                                                      heads=56, kv_heads=8, mlp_width=20480,
@@ -62,9 +71,11 @@ _MID = ModelConfig(
     hr_size=768)
 
 PRESETS: dict[str, Preset] = {
+    "mgm-2b": _GEMMA_2B, "mgm-2b-hd": _hd(_GEMMA_2B),
     "mgm-7b": _VICUNA_7B, "mgm-7b-hd": _hd(_VICUNA_7B),
     "mgm-13b": _VICUNA_13B, "mgm-13b-hd": _hd(_VICUNA_13B),
     "mgm-8b": _LLAMA3_8B, "mgm-8b-hd": _hd(_LLAMA3_8B),
+    "mgm-8x7b": _MIXTRAL_8X7B, "mgm-8x7b-hd": _hd(_MIXTRAL_8X7B),
     "mgm-34b": _YI_34B, "mgm-34b-hd": _hd(_YI_34B),
     "mid": Preset(_MID, "vicuna_v1"),
     "tiny": Preset(_TINY, "chatml_direct", max_length=128),

@@ -18,6 +18,7 @@ AXES = ("data", "fsdp", "tensor", "expert")
 RULES = {
     # weights
     "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor", "layers": None,
+    "expert": "expert",
     "channels": "fsdp", "taps": None, "norm": None,
     # activations
     "batch": ("data", "fsdp"), "seq": None, "act_embed": None, "act_mlp": "tensor",
@@ -66,6 +67,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def check_heads(config: DecoderConfig, mesh: Mesh) -> None:
   """Raises ConfigError if the tensor axis would cut an attention head."""
   ways = mesh.shape["tensor"]
+  if config.experts % mesh.shape["expert"]:
+    raise ConfigError(f"mesh: expert={mesh.shape['expert']} does not divide the {config.experts} "
+                      "experts of the decoder")
   for name in ("heads", "kv_heads"):
     if (count := getattr(config, name)) % ways:
       raise ConfigError(f"mesh: tensor={ways} does not divide the {count} {name} of the decoder; "

@@ -12,7 +12,8 @@ from mgjax import trees
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.models.mini_gemini import MiniGemini
 
-LLAMA_CASES = ("llama", "llama3", "llama_hd", "llama_noaux", "llama_towers", "yi")
+CASES = ("llama", "llama3", "llama_hd", "llama_noaux", "llama_towers", "yi", "gemma", "gemma_tanh",
+         "mistral", "mistral_swa", "mixtral")
 
 
 class FromViews(MiniGemini):
@@ -24,6 +25,15 @@ class FromViews(MiniGemini):
     hr = flat(batch["hr"]) if "hr" in batch else None
     visual = self.encode_views(flat(batch["tiles"]), hr, rng)
     return visual.reshape(batch["tiles"].shape[0], -1, visual.shape[-1])
+
+
+def family(case: str, llm: dict) -> dict:
+  """What sets the case's family apart."""
+  if case.startswith("gemma"):
+    return dict(activation="gelu_tanh" if case.endswith("tanh") else "gelu", norm_offset=1.0,
+                scale_inputs=True, tied_head=True)
+  return dict(sliding_window=llm.get("sliding_window"), experts=llm.get("num_local_experts", 0),
+              experts_per_token=llm.get("num_experts_per_tok", 2))
 
 
 def case_config(folder: Path) -> ModelConfig:
@@ -40,8 +50,9 @@ def case_config(folder: Path) -> ModelConfig:
       decoder=DecoderConfig(
           llm["vocab_size"], llm["hidden_size"], llm["num_hidden_layers"],
           llm["num_attention_heads"], llm["num_key_value_heads"],
-          llm["hidden_size"] // llm["num_attention_heads"], llm["intermediate_size"],
-          llm["rms_norm_eps"], llm["rope_theta"]),
+          llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"],
+          llm["intermediate_size"], llm["rms_norm_eps"], llm["rope_theta"],
+          **family(folder.name, llm)),
       hr_size=llm.get("image_size_aux", 128), grid=llm["image_grid"],
       global_view=llm["image_global"],
       projector_depth=1 if llm["mm_projector_type"] == "linear" else 2)

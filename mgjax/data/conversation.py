@@ -60,6 +60,13 @@ TEMPLATES: dict[str, Template] = {
         "understand the visual content that the user provides, and assist the user with a variety "
         "of tasks using natural language.",
         _USER_HEADER, _SYSTEM_HEADER, "<|eot_id|>"),
+    "gemma": Template(
+        "gemma", user_start="<start_of_turn>user\n", user_end="<end_of_turn>\n",
+        assistant_start="<start_of_turn>model\n", answer_end="<end_of_turn>\n<eos>",
+        stop=("<end_of_turn>",)),
+    "mistral_instruct": Template(
+        "mistral_instruct", user_start="[INST] ", user_end=" ", assistant_start="[/INST]",
+        answer_start=" ", answer_end=" </s>", between="<s>", stop=("</s>",)),
     "chatml_direct": _chat(
         "chatml_direct", "<|im_start|>system\nAnswer the questions.", "<|im_start|>user\n",
         "<|im_start|>assistant\n", "<|im_end|>"),

@@ -83,21 +83,23 @@ def extend(decoder: Decoder, x: jax.Array, start: jax.Array, first: jax.Array,
   positions = jnp.maximum(positions, 0)
   write = lambda all_, new: _laid_out(jax.lax.dynamic_update_slice(
       all_, new.swapaxes(1, 2).astype(all_.dtype), (0, 0, start, 0)))
+  x, window = decoder.enter(x), decoder.config.sliding_window
   ks, vs = [], []
   for block, k_all, v_all in zip(decoder.blocks, cache.k, cache.v):
     q, k, v = block.qkv(x, positions)
     ks.append(write(k_all, k))
     vs.append(write(v_all, v))
-    x = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first))
+    x = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first, window))
   return decoder.norm(x), Cache(tuple(ks), tuple(vs))
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
-                     first: jax.Array) -> jax.Array:
+                     first: jax.Array, window: int | None = None) -> jax.Array:
   """Softmax attention over the filled part of a cache; logits and softmax in float32.
 
   q [B, L, H, h] at the slots from `start` on; k, v [B, K, S, h] with S a multiple of BLOCK; `first`
-  [B] as in `extend`.  Returns [B, L, H, h] in the dtype of q.
+  [B] as in `extend`; window: how many slots a query sees, its own included.  Returns [B, L, H, h]
+  in the dtype of q.
 
   Blocks of slots are read up to the last query, and each rescales what the earlier ones gave.  Time
   follows what was read, not S, and one program serves every length.
@@ -115,6 +117,8 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
     kb, vb = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
     slots = i * BLOCK + jnp.arange(BLOCK)
     seen = (slots <= q_slots[:, None]) & (slots >= first[:, None, None])        # [B, L*n, BLOCK]
+    if window is not None:
+      seen &= slots > q_slots[:, None] - window
     logits = jnp.einsum("bkqh,bksh->bkqs", q_rows, kb.astype(q.dtype),
                         preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, None], logits, lowest)

@@ -29,8 +29,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
   return out.transpose(0, 3, 1, 2, 4).reshape(b, lq, heads, h)
 
 
-def packed_causal_mask(segment_ids: jax.Array) -> jax.Array:
-  """Who sees whom in a packed row: earlier positions of the same sample.
+def packed_causal_mask(segment_ids: jax.Array, window: int | None = None) -> jax.Array:
+  """Who sees whom in a packed row: earlier positions of the same sample, at most `window` with the
+  position itself.
 
   segment_ids int32 [B, L] -> bool [B, L, L].  For one row [1, 1, 2, 2, 0]:
 
@@ -42,8 +43,9 @@ def packed_causal_mask(segment_ids: jax.Array) -> jax.Array:
   """
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
   index = jnp.arange(segment_ids.shape[1])
-  causal = index[:, None] >= index[None, :]
-  return same & causal
+  distance = index[:, None] - index[None, :]
+  seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+  return same & seen
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

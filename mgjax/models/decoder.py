@@ -1,5 +1,7 @@
-"""The language model: a Llama-family decoder (R1.10)."""
+"""The language model: one decoder for the Llama, Gemma and Mistral families (R1.10)."""
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +10,36 @@ from flax import nnx
 from mgjax.config import DecoderConfig
 from mgjax.models.attention import attention, packed_causal_mask, rope
 from mgjax.models.layers import Dense, RmsNorm, remat, stack
+from mgjax.models.moe import Experts
 from mgjax.sharding import constrain
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class DecoderBlock(nnx.Module):
-  """Pre-norm block: grouped-query attention with RoPE, then SwiGLU."""
+  """Pre-norm block: grouped-query attention with RoPE, then a gated MLP."""
 
   def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
     self.config = config
     d, f = config.width, config.mlp_width
     q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    self.norm1 = RmsNorm(d, config.norm_eps)
+    self.norm1 = RmsNorm(d, config.norm_eps, config.norm_offset)
     make = lambda i, o, axes: Dense(i, o, axes, bias=False, dtype=dtype, rngs=rngs)
     self.q = make(d, q_width, ("embed", "heads"))
     self.k = make(d, kv_width, ("embed", "heads"))
     self.v = make(d, kv_width, ("embed", "heads"))
     self.out = make(q_width, d, ("heads", "embed"))
-    self.norm2 = RmsNorm(d, config.norm_eps)
-    self.gate = make(d, f, ("embed", "mlp"))
-    self.up = make(d, f, ("embed", "mlp"))
-    self.down = make(f, d, ("mlp", "embed"))
+    self.norm2 = RmsNorm(d, config.norm_eps, config.norm_offset)
+    if config.experts:
+      self.experts = Experts(config, ACTIVATIONS[config.activation], dtype=dtype, rngs=rngs)
+    else:
+      self.gate = make(d, f, ("embed", "mlp"))
+      self.up = make(d, f, ("embed", "mlp"))
+      self.down = make(f, d, ("mlp", "embed"))
 
   def qkv(self, x, positions):
     """x [B, L, D] -> q [B, L, H, h], k, v [B, L, K, h], rotated."""
@@ -44,9 +56,14 @@ class DecoderBlock(nnx.Module):
     """x [B, L, D], attended [B, L, H, h] -> [B, L, D]: output projection and MLP."""
     b, l, _ = x.shape
     x = constrain(x + self.out(attended.reshape(b, l, -1)), "batch", "seq", "act_embed")
-    y = self.norm2(x)
-    y = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "seq", "act_mlp")
-    return constrain(x + self.down(y), "batch", "seq", "act_embed")
+    return constrain(x + self.mlp(self.norm2(x)), "batch", "seq", "act_embed")
+
+  def mlp(self, x):
+    """[B, L, D] -> [B, L, D]."""
+    if self.config.experts:
+      return self.experts(x)
+    y = ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x)
+    return self.down(constrain(y, "batch", "seq", "act_mlp"))
 
 
 class Decoder(nnx.Module):
@@ -59,9 +76,9 @@ class Decoder(nnx.Module):
         normal(rngs(), (config.vocab_size, config.width)), out_sharding=("vocab", "embed"))
     self.blocks = stack(
         config.depth, lambda r: DecoderBlock(config, dtype=dtype, rngs=r), rngs)
-    self.norm = RmsNorm(config.width, config.norm_eps)
-    self.head = Dense(config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype,
-                      rngs=rngs)
+    self.norm = RmsNorm(config.width, config.norm_eps, config.norm_offset)
+    self.head = nnx.data(None if config.tied_head else Dense(
+        config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs))
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int [B, L] -> [B, L, D] in the compute dtype."""
@@ -71,7 +88,18 @@ class Decoder(nnx.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, L, D] -> float32 [B, L, V]."""
-    return constrain(self.head(hidden).astype(jnp.float32), "batch", "seq", "act_vocab")
+    if self.head is None:
+      scores = hidden @ self.embedding[...].astype(self.dtype).T
+    else:
+      scores = self.head(hidden)
+    return constrain(scores.astype(jnp.float32), "batch", "seq", "act_vocab")
+
+  def enter(self, x: jax.Array) -> jax.Array:
+    """Embeddings [B, L, D], of words or pictures, as the first block takes them."""
+    if not self.config.scale_inputs:
+      return x
+    # In float32: in bfloat16 sqrt(D) itself would be rounded.
+    return (x.astype(jnp.float32) * self.config.width**0.5).astype(x.dtype)
 
   def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Full pass over packed rows, for training and scoring.
@@ -79,12 +107,12 @@ class Decoder(nnx.Module):
     x [B, L, D]; positions int [B, L], restarting at each sample; segment_ids int [B, L], 0 for
     padding.  A sample attends to itself alone.  Returns [B, L, D], normed.
     """
-    mask = packed_causal_mask(segment_ids)
+    mask = packed_causal_mask(segment_ids, self.config.sliding_window)
 
     def body(x, block):
       q, k, v = block.qkv(x, positions)
       return block.finish(x, attention(q, k, v, mask)), None
 
-    x = constrain(x, "batch", "seq", "act_embed")
+    x = constrain(self.enter(x), "batch", "seq", "act_embed")
     x, _ = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)
     return self.norm(x)

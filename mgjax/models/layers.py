@@ -72,16 +72,16 @@ def standardize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class RmsNorm(nnx.Module):
-  """RMSNorm (Llama): normalised in float32, cast to the input's dtype, then scaled."""
+  """RMSNorm: normalised in float32, cast to the input's dtype, then times (offset + scale)."""
 
-  def __init__(self, width: int, eps: float):
-    self.eps = eps
-    self.scale = nnx.Param(jnp.ones(width), out_sharding=("norm",))
+  def __init__(self, width: int, eps: float, offset: float = 0.0):
+    self.eps, self.offset = eps, offset
+    self.scale = nnx.Param(jnp.full(width, 1.0 - offset), out_sharding=("norm",))
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-    return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+    return y.astype(x.dtype) * (self.offset + self.scale[...]).astype(x.dtype)
 
 
 def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

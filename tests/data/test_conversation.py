@@ -2,7 +2,6 @@ import pytest
 
 from mgjax.data.conversation import (
     TEMPLATES,
-    Template,
     check_turns,
     drop_leading_reply,
     get_template,
@@ -11,14 +10,6 @@ from mgjax.data.conversation import (
 )
 
 TURNS = [("human", "<image>\nQ1"), ("gpt", "A1"), ("human", "Q2")]
-# Families that are not registered yet: they have to fit in as rows.
-LATER = {
-    "gemma": Template("gemma", user_start="<start_of_turn>user\n", user_end="<end_of_turn>\n",
-                      assistant_start="<start_of_turn>model\n", answer_end="<end_of_turn>\n<eos>"),
-    "mistral_instruct": Template("mistral_instruct", user_start="[INST] ", user_end=" ",
-                                 assistant_start="[/INST]", answer_start=" ", answer_end=" </s>",
-                                 between="<s>"),
-}
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
 PROMPTS = {
@@ -34,7 +25,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_open_prompt_is_the_originals(name):
-  template = (TEMPLATES | LATER)[name]
+  template = TEMPLATES[name]
   segments = render(template, TURNS, add_generation_prompt=True)
   assert "".join(s.text for s in segments) == PROMPTS[name]
   assert [s.trained for s in segments] == [False, True, False]

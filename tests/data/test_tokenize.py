@@ -3,7 +3,6 @@ import pickle
 
 import numpy as np
 import pytest
-from test_conversation import LATER
 
 from mgjax.data.conversation import (
     GPT,
@@ -96,7 +95,7 @@ REPAIRED = {
 def test_golden_conversations(golden, name):
   data = json.loads((golden / f"conversations/{name}.json").read_text(encoding="utf-8"))
   tokenizer = load_tokenizer(golden / "tokenizers" / data["tokenizer"])
-  differ, _ = check_file(tokenizer, (TEMPLATES | LATER)[data["template"]], data)
+  differ, _ = check_file(tokenizer, TEMPLATES[data["template"]], data)
   assert differ - {"separator_inside_text"} == REPAIRED.get(name, set())
 
 
@@ -117,7 +116,7 @@ def test_published_vectors(golden):
   assert np.flatnonzero(got.trained).tolist() == [*range(47, 52), *range(62, 66)]
 
   mixtral = load_tokenizer(golden / "tokenizers/mistral_v1")
-  got = tokenize_conversation(mixtral, conversation(LATER["mistral_instruct"]), True)
+  got = tokenize_conversation(mixtral, conversation(TEMPLATES["mistral_instruct"]), True)
   assert got.ids.tolist() == [int(i) for i in """
       1 733 16289 28793 28705 -200 28705 13 3195 349 456 28804 733 28748 16289 28793 330 2760 5255
       28723 28705 2 1 733 16289 28793 4315 2760 28804 733 28748 16289 28793 5518 6192 28723 28705

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import LLAMA_CASES, case_batch, case_views, load_case
+from golden_models import CASES, case_batch, case_views, load_case
 from safetensors.numpy import load_file
 
 from conversion import mapping
@@ -19,7 +19,7 @@ from mgjax.train.step import batch_loss
 pytestmark = pytest.mark.usefixtures("highest_precision")
 
 
-@pytest.fixture(scope="module", params=LLAMA_CASES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, golden):
   with mesh_context(make_mesh(devices=jax.devices()[:1])):
     config, model = load_case(golden, request.param)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden_models import LLAMA_CASES, case_batch, load_case
+from golden_models import CASES, case_batch, load_case
 
 from mgjax import trees
 from mgjax.config import ConfigError
@@ -34,13 +34,13 @@ def stage2_table(model, multiplier, towers):
 
 
 def runs(golden):
-  for case in LLAMA_CASES:
+  for case in CASES:
     facts = json.loads((golden / case / "golden.json").read_text())
     for name in facts["trajectories"]:
       yield case, name
 
 
-@pytest.mark.parametrize("case", LLAMA_CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_losses_of_training_runs(golden, case):
   facts = json.loads((golden / case / "golden.json").read_text())
   with mesh_context(make_mesh(devices=jax.devices()[:1])):

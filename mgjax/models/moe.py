@@ -1,0 +1,67 @@
+"""A mixture of gated MLPs in place of one (Mixtral, R1.10)."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mgjax.config import DecoderConfig
+from mgjax.models.layers import Dense
+from mgjax.sharding import RULES
+
+
+class Experts(nnx.Module):
+  """Each token goes to its k best experts; what these say is added up by their weights.
+
+      p = softmax(W_r x);  y = sum over the k largest p_e of  p_e / (their sum) * expert_e(x)
+
+  No expert is ever full: tokens are sorted by expert and multiplied group by group
+  (`jax.lax.ragged_dot`), so that none is dropped and nothing is computed twice.  Over the mesh axis
+  `expert` every device computes the tokens of its own experts, and their results are summed.
+  """
+
+  def __init__(self, config: DecoderConfig, activation: Callable, *, dtype, rngs: nnx.Rngs):
+    self.config, self.activation, self.dtype = config, activation, dtype
+    e, d, f = config.experts, config.width, config.mlp_width
+    # The choice is made in float32: a rounded score would send a token elsewhere.
+    self.router = Dense(d, e, ("embed", None), bias=False, dtype=jnp.float32, rngs=rngs)
+    init = nnx.initializers.lecun_normal(batch_axis=0)
+    make = lambda shape, axes: nnx.Param(init(rngs(), shape, jnp.float32), out_sharding=axes)
+    self.gate = make((e, d, f), ("expert", "embed", "mlp"))
+    self.up = make((e, d, f), ("expert", "embed", "mlp"))
+    self.down = make((e, f, d), ("expert", "mlp", "embed"))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [B, L, D] -> [B, L, D]."""
+    b, l, d = x.shape
+    weights, chosen = route(self.router(x), self.config.experts_per_token)      # [B, L, k]
+    rows, ways = P(RULES["batch"], None, None), ("expert", "tensor")
+
+    def local(x, weights, chosen, gate, up, down):
+      own, k = gate.shape[0], chosen.shape[-1]
+      expert = chosen.reshape(-1) - jax.lax.axis_index("expert") * own          # [N*k]
+      mine = (expert >= 0) & (expert < own)
+      order = jnp.argsort(jnp.where(mine, expert, own), stable=True)            # others last
+      counts = jnp.bincount(jnp.where(mine, expert, own), length=own + 1)[:own]
+      rows = x.reshape(-1, d)[order // k]
+      dot = lambda a, w: jax.lax.ragged_dot(a, w.astype(self.dtype), counts.astype(jnp.int32))
+      y = dot(self.activation(dot(rows, gate)) * dot(rows, up), down)           # [N*k, D]
+      y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
+      share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
+      y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)
+      return jax.lax.psum(y, ways).reshape(x.shape)
+
+    share = jax.shard_map(
+        local, in_specs=(rows, rows, rows, P("expert", None, "tensor"),
+                         P("expert", None, "tensor"), P("expert", "tensor", None)),
+        out_specs=rows, check_vma=False)
+    return share(x, weights, chosen, self.gate[...], self.up[...], self.down[...])
+
+
+def route(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """Scores float32 [..., E] -> weights float32 [..., k] that add up to 1, experts int [..., k]."""
+  weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), k)
+  return weights / jnp.sum(weights, axis=-1, keepdims=True), chosen

@@ -1,0 +1,40 @@
+"""The mixture of experts against every expert computed for every token."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mgjax.config import DecoderConfig
+from mgjax.models.moe import Experts
+from mgjax.sharding import make_mesh, mesh_context
+
+CONFIG = DecoderConfig(width=32, mlp_width=48, experts=4, experts_per_token=2)
+
+
+def dense(m, x):
+  p = jax.nn.softmax(x @ m.router.kernel[...], axis=-1)                     # [B, L, E]
+  kept = jnp.where(p >= jnp.sort(p, axis=-1)[..., -2:-1], p, 0)
+  kept = kept / kept.sum(-1, keepdims=True)
+  one = lambda g, u, d: (jax.nn.silu(x @ g) * (x @ u)) @ d
+  said = jax.vmap(one)(m.gate[...], m.up[...], m.down[...])                 # [E, B, L, D]
+  return jnp.einsum("ebld,ble->bld", said, kept)
+
+
+@pytest.mark.parametrize("lopsided", [False, True])
+def test_values_and_gradients_are_those_of_the_dense_form(lopsided):
+  with jax.default_matmul_precision("highest"), mesh_context(make_mesh(devices=jax.devices()[:1])):
+    module = Experts(CONFIG, jax.nn.silu, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    if lopsided:  # almost all tokens to one pair, nobody to the rest
+      module.router.kernel[...] = module.router.kernel[...].at[:, 2:].set(0).at[:, :2].multiply(0)
+    x = jax.random.normal(jax.random.key(0), (2, 24, 32))
+    loss = lambda form: lambda m, x: jnp.sum(jnp.sin(form(m, x)))
+    if not lopsided:
+      np.testing.assert_allclose(module(x), dense(module, x), atol=1e-5)
+      ours, theirs = (jax.grad(loss(f), (0, 1))(module, x) for f in (lambda m, x: m(x), dense))
+      for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    else:  # equal scores: the first two experts are taken, the others get no gradient
+      grads = jax.grad(loss(lambda m, x: m(x)))(module, x)
+      assert np.abs(np.asarray(grads.gate[...][2:])).max() == 0
+      assert np.abs(np.asarray(grads.gate[...][:2])).max() > 0
