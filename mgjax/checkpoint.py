@@ -83,7 +83,8 @@ class Checkpointer:
         logging.warning("%s", e)
       except CheckpointError:
         raise
-      except Exception as e:
+      # Broken files; an error of another kind (no memory, say) must not cost a good checkpoint.
+      except (ValueError, KeyError, OSError) as e:
         logging.warning("%s: cannot be read (%s: %s)", folder, type(e).__name__, _first_line(e))
     raise CheckpointError(f"{self.directory}: none of the steps {steps} can be read; start in "
                           "another workdir, with init_from for what can be saved")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ class Loader:
     sample, c = self.samples[index], self.config
     text, problem = self._read(sample)
     if not problem:
-      images = np.zeros((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)  # [S, H, H, 3]
+      images = self._no_images()
       try:
         for slot, image in enumerate(sample.images):
           images[slot] = load_image(resolve_image(c.image_root, image), c.hr_size, c.aspect)
@@ -169,10 +170,9 @@ class Loader:
 
   def empty_row(self, index: int) -> Batch:
     """What stands in a batch for a sample that failed: padding alone, nothing to learn."""
-    c, none = self.config, np.zeros(0, np.int32)
-    images = np.zeros((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)
+    none = np.zeros(0, np.int32)
     return self._row(Expanded(none, none, none, none.astype(bool))) | {
-        "images": images, "sample_index": np.int32(index), "truncated": np.bool_(False)}
+        "images": self._no_images(), "sample_index": np.int32(index), "truncated": np.bool_(False)}
 
   def tokenize(self, sample: Sample) -> Expanded:
     """The sample's text, expanded and, where that is allowed, cut to max_length."""
@@ -187,12 +187,15 @@ class Loader:
     text, problem = self._read(sample)
     return bool(text and text.truncated), problem
 
+  @functools.cached_property
+  def _control(self) -> tuple[str, ...]:
+    return control_tokens(get_template(self.config.template), self.tokenizer.special,
+                          self.tokenizer.eos)
+
   def _read(self, sample: Sample) -> tuple[Expanded | None, tuple[str, str] | None]:
     """The sample's text, and what is wrong with it."""
-    template = get_template(self.config.template)
-    control = control_tokens(template, self.tokenizer.special, self.tokenizer.eos)
     for i, (_, turn) in enumerate(sample.turns):
-      if found := [token for token in control if token in turn]:
+      if found := [token for token in self._control if token in turn]:
         return None, ("control_token", f"turn {i} holds {found[0]!r}, which ends or begins a turn; "
                                        "write it otherwise")
     try:
@@ -209,6 +212,10 @@ class Loader:
       cut = " are left: the cut took the answer; raise max_length" if text.truncated else ""
       return "no_target", f"no tokens to learn{cut}"
     return None
+
+  def _no_images(self) -> np.ndarray:
+    c = self.config
+    return np.zeros((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)  # [S, H, H, 3]
 
   def _row(self, text: Expanded) -> Batch:
     """One sample's text as a row: [N] -> [L]."""
@@ -276,8 +283,8 @@ class BatchIterator:
     """Continues where `state` was taken."""
     read, rest = divmod(int(state["samples"]), self._pipeline.hosts)
     if rest:
-      raise ValueError(f"data: the checkpoint stands at sample {state['samples']}, which "
-                       f"{self._pipeline.hosts} hosts cannot share; use a divisor of it")
+      raise ConfigError(f"data: the checkpoint stands at sample {state['samples']}, which "
+                        f"{self._pipeline.hosts} hosts cannot share; use a divisor of it")
     if state["fingerprint"] != self._pipeline.fingerprint:
       logging.warning("%s: its usable samples are others than at sample %d, where the checkpoint "
                       "was saved; from here on they come in another order",

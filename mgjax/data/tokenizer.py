@@ -37,7 +37,7 @@ class SentencePiece:
     proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)
     rules = proto.normalizer_spec
     if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
-      raise ValueError(
+      raise ConfigError(
           f"tokenizer.model: it rewrites text before cutting it (normalizer {rules.name!r}), so "
           "that ids cannot be traced back to characters; expected an identity normalizer, as in "
           "Llama models; convert it to a tokenizer.json instead")
@@ -203,7 +203,7 @@ class Tokenizer:
   adds_bos: bool             # whether a text starts with BOS unless asked otherwise
   eos: str                   # spelling of the token `eos_id`
 
-  @property
+  @functools.cached_property  # asked at every token of a streamed answer
   def vocab_size(self) -> int:
     """Number of ids, added tokens included."""
     return len(self.backend)
@@ -290,7 +290,7 @@ def _load_sentencepiece(folder, model, config) -> Tokenizer:
                        True if legacy is None else bool(legacy), names["unk"])
   try:
     len(bare)  # reads it
-  except ValueError:
+  except ConfigError:
     raise
   except Exception as error:  # protobuf's own kinds
     raise ConfigError(_broken(model, error)) from error

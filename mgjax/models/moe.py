@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from mgjax.config import DecoderConfig
 from mgjax.models.layers import Dense
-from mgjax.sharding import RULES
+from mgjax.sharding import spec
 
 
 class Experts(nnx.Module):
@@ -36,29 +36,29 @@ class Experts(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, L, D] -> [B, L, D]."""
-    b, l, d = x.shape
+    d = x.shape[-1]
     weights, chosen = route(self.router(x), self.config.experts_per_token)      # [B, L, k]
-    rows, ways = P(RULES["batch"], None, None), ("expert", "tensor")
 
     def local(x, weights, chosen, gate, up, down):
       own, k = gate.shape[0], chosen.shape[-1]
       expert = chosen.reshape(-1) - jax.lax.axis_index("expert") * own          # [N*k]
       mine = (expert >= 0) & (expert < own)
-      order = jnp.argsort(jnp.where(mine, expert, own), stable=True)            # others last
-      counts = jnp.bincount(jnp.where(mine, expert, own), length=own + 1)[:own]
+      group = jnp.where(mine, expert, own)                                      # others last
+      order = jnp.argsort(group, stable=True)
+      counts = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
       rows = x.reshape(-1, d)[order // k]
-      dot = lambda a, w: jax.lax.ragged_dot(a, w.astype(self.dtype), counts.astype(jnp.int32))
+      dot = lambda a, w: jax.lax.ragged_dot(a, w.astype(self.dtype), counts)
       y = dot(self.activation(dot(rows, gate)) * dot(rows, up), down)           # [N*k, D]
       y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
       share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
       y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)
-      return jax.lax.psum(y, ways).reshape(x.shape)
+      return jax.lax.psum(y, ("expert", "tensor")).reshape(x.shape)
 
-    share = jax.shard_map(
-        local, in_specs=(rows, rows, rows, P("expert", None, "tensor"),
-                         P("expert", None, "tensor"), P("expert", "tensor", None)),
-        out_specs=rows, check_vma=False)
-    return share(x, weights, chosen, self.gate[...], self.up[...], self.down[...])
+    batch, wide = spec("batch", None, None), P("expert", None, "tensor")
+    sharded = jax.shard_map(
+        local, in_specs=(batch, batch, batch, wide, wide, P("expert", "tensor", None)),
+        out_specs=batch, check_vma=False)
+    return sharded(x, weights, chosen, self.gate[...], self.up[...], self.down[...])
 
 
 def route(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
