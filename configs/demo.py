@@ -17,7 +17,7 @@ from mgjax.demo.make import Sizes
 from mgjax.demo.world import World
 from mgjax.train.recipes import ALIGN, base_config, tune
 
-FULL = dict(hr_tower=1300, lr_tower=400, language=2400, stage1=600, stage2=700)
+FULL = dict(hr_tower=1800, lr_tower=400, language=2000, stage1=600, stage2=700)
 LENGTH = 136  # a scene and five questions about it
 QUICK = dict(hr_tower=100, lr_tower=30, language=100, stage1=30, stage2=30)
 
@@ -36,9 +36,9 @@ def get_config(size: str = "full"):
   for suffix, twin in (("", False), ("_twin", True)):
     config.runs["stage1" + suffix] = stage(
         "captions.json", 64, steps["stage1"], 2e-3, ALIGN, twin,
-        (("vision", "lr_tower"), ("decoder", "language")))
+        "vision=lr_tower,decoder=language")
     config.runs["stage2" + suffix] = stage(
-        "instruct.json", LENGTH, steps["stage2"], 1e-3, tune(), twin, (("", "stage1" + suffix),))
+        "instruct.json", LENGTH, steps["stage2"], 1e-3, tune(), twin, "stage1" + suffix)
   config.order = ("hr_tower", "lr_tower", "language", "stage1", "stage2", "stage1_twin",
                   "stage2_twin")
   config.compare = (("mining", "stage2"), ("low resolution alone", "stage2_twin"))
@@ -81,5 +81,5 @@ def stage(path: str, length: int, steps: int, learning_rate: float, table, twin:
   config = run(steps, 32, length, learning_rate, "demo-lr" if twin else "demo")
   config.data.path, config.optimizer.table, config.init_from = path, table, init_from
   if table is ALIGN and not twin:
-    config.init_from = (("vision_hr", "hr_tower"), *init_from)
+    config.init_from = f"vision_hr=hr_tower,{init_from}"
   return config

@@ -1,7 +1,7 @@
 """Stage 1, alignment: projector and mining learn to speak to a frozen LLM (1.2 M captions).
 
     python launch/train.py --config=configs/stage1.py:mgm-7b --workdir=work_dirs/mgm-7b-stage1 \
-        --config.init_from="(('', 'checkpoints/vicuna-7b-start'),)"
+        --config.init_from=checkpoints/start-7b
 """
 from mgjax.presets import find
 from mgjax.train.recipes import ALIGN, base_config

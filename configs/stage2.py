@@ -1,7 +1,7 @@
 """Stage 2, instruction tuning: the LLM joins in, the towers stay frozen (1.5 M conversations).
 
     python launch/train.py --config=configs/stage2.py:mgm-7b --workdir=work_dirs/mgm-7b \
-        --config.init_from="(('', 'work_dirs/mgm-7b-stage1'),)"
+        --config.init_from=work_dirs/mgm-7b-stage1
 """
 from mgjax.presets import find
 from mgjax.train.recipes import base_config, tune

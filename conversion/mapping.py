@@ -4,39 +4,38 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from mgjax.config import ModelConfig
+from conversion.tensors import ConversionError
+from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """How a tensor's layout changes on the way in, and on the way out (given the shape there)."""
+  """How a tensor's layout changes on the way in (`load`) and out (`save`), both as views where
+  possible; `there` gives the shape in the original for a shape here."""
 
   name: str
   load: Callable[[np.ndarray], np.ndarray]
   save: Callable[[np.ndarray], np.ndarray]
+  there: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-def _load_conv(x):  # [out, in, k, k] -> [k*k*in, out]
-  return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
-
-def _save_conv(size):
-  return lambda x: x.reshape(size, size, -1, x.shape[1]).transpose(3, 2, 0, 1)
-
-
-SAME = Form("same", lambda x: x, lambda x: x)
-LINEAR = Form("linear", lambda x: x.T, lambda x: x.T)
+SAME = Form("same", lambda x: x, lambda x: x, lambda s: s)
+LINEAR = Form("linear", lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
 DEPTHWISE = Form("depthwise", lambda x: x[:, 0].transpose(1, 2, 0),
-                 lambda x: x.transpose(2, 0, 1)[:, None])
+                 lambda x: x.transpose(2, 0, 1)[:, None], lambda s: (s[2], 1, *s[:2]))
 
 
 def conv(size: int) -> Form:
-  """A convolution whose stride is its size: a matrix on flattened patches."""
-  return Form(f"conv{size}", _load_conv, _save_conv(size))
+  """A convolution whose stride is its size: [out, in, k, k] there, [k*k*in, out] here."""
+  return Form(f"conv{size}", lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+              lambda x: x.reshape(size, size, -1, x.shape[1]).transpose(3, 2, 0, 1),
+              lambda s: (s[1], s[0] // size**2, size, size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +59,16 @@ def _linear(hf, path, *at, bias=True, form=LINEAR):
   return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
 
 
-def decoder_rows(config: ModelConfig) -> list[Row]:
+def decoder_rows(config: DecoderConfig) -> list[Row]:
   """The language model (R2.2)."""
   rows = [Row("model.embed_tokens.weight", "decoder/embedding")]
-  for i in range(config.decoder.depth):
+  for i in range(config.depth):
     hf, path = f"model.layers.{i}", "decoder/blocks"
     names = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
              "self_attn.o_proj": "out"}
-    if config.decoder.experts:
+    if config.experts:
       names["block_sparse_moe.gate"] = "experts/router"
-      for e in range(config.decoder.experts):
+      for e in range(config.experts):
         rows += [Row(f"{hf}.block_sparse_moe.experts.{e}.{theirs}.weight", f"{path}/experts/{ours}",
                      LINEAR, (i, e))
                  for theirs, ours in {"w1": "gate", "w3": "up", "w2": "down"}.items()]
@@ -80,19 +79,19 @@ def decoder_rows(config: ModelConfig) -> list[Row]:
     rows += _norm(f"{hf}.input_layernorm", f"{path}/norm1", i, bias=False)
     rows += _norm(f"{hf}.post_attention_layernorm", f"{path}/norm2", i, bias=False)
   rows += _norm("model.norm", "decoder/norm", bias=False)
-  return rows if config.decoder.tied_head else rows + _linear("lm_head", "decoder/head", bias=False)
+  return rows if config.tied_head else rows + _linear("lm_head", "decoder/head", bias=False)
 
 
-def clip_rows(config: ModelConfig, prefix="model.vision_tower.vision_tower.") -> list[Row]:
+def clip_rows(config: ClipVitConfig) -> list[Row]:
   """The CLIP tower (R2.2); blocks past the selected layer go to `unused_blocks`."""
-  hf = prefix + "vision_model"
+  hf = "model.vision_tower.vision_tower.vision_model"
   rows = [Row(f"{hf}.embeddings.class_embedding", "vision/class_embedding"),
           Row(f"{hf}.embeddings.position_embedding.weight", "vision/position_embedding")]
   rows += _linear(f"{hf}.embeddings.patch_embedding", "vision/patch_embed", bias=False,
-                  form=conv(config.vision.patch_size))
+                  form=conv(config.patch_size))
   rows += _norm(f"{hf}.pre_layrnorm", "vision/pre_norm")  # sic: the key is misspelled
-  used = config.vision.used_depth
-  for i in range(config.vision.depth):
+  used = config.used_depth
+  for i in range(config.depth):
     path, layer = ("vision/blocks", i) if i < used else ("vision/unused_blocks", i - used)
     block = f"{hf}.encoder.layers.{i}"
     for theirs, ours in {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
@@ -103,12 +102,12 @@ def clip_rows(config: ModelConfig, prefix="model.vision_tower.vision_tower.") ->
   return rows + _norm(f"{hf}.post_layernorm", "vision/post_norm")
 
 
-def convnext_rows(config: ModelConfig, stem="model.vision_tower_aux.vision_stem",
-                  stages="model.vision_tower_aux.vision_stages") -> list[Row]:
+def convnext_rows(config: ConvNextConfig) -> list[Row]:
   """The ConvNeXt tower (R2.2)."""
-  rows = _linear(f"{stem}.0", "vision_hr/stem", form=conv(config.vision_hr.stride))
+  stem, stages = (f"model.vision_tower_aux.vision_{part}" for part in ("stem", "stages"))
+  rows = _linear(f"{stem}.0", "vision_hr/stem", form=conv(config.stride))
   rows += _norm(f"{stem}.1", "vision_hr/stem_norm")
-  for s, depth in enumerate(config.vision_hr.depths):
+  for s, depth in enumerate(config.depths):
     hf, path = f"{stages}.{s}", f"vision_hr/stages/{s}"
     if s:
       rows += _norm(f"{hf}.downsample.0", f"{path}/down_norm")
@@ -124,7 +123,7 @@ def convnext_rows(config: ModelConfig, stem="model.vision_tower_aux.vision_stem"
   return rows
 
 
-def mining_rows(config: ModelConfig) -> list[Row]:
+def mining_rows() -> list[Row]:
   """Query, key and value projections of patch info mining (R1.5)."""
   rows = []
   for theirs, ours in {"query": "query", "aux": "key", "val": "value"}.items():
@@ -133,19 +132,21 @@ def mining_rows(config: ModelConfig) -> list[Row]:
   return rows
 
 
-def projector_rows(config: ModelConfig) -> list[Row]:
+def projector_rows(depth: int) -> list[Row]:
   """mlp{N}x_gelu counts its activations (0, 2, 4 ...); a single linear layer has no number."""
-  if config.projector_depth == 1:
+  if depth == 1:
     return _linear("model.mm_projector", "projector/layers/0")
-  return [row for i in range(config.projector_depth)
+  return [row for i in range(depth)
           for row in _linear(f"model.mm_projector.{2 * i}", f"projector/layers/{i}")]
 
 
 def all_rows(config: ModelConfig) -> list[Row]:
   """Every tensor of a full checkpoint."""
-  rows = decoder_rows(config) + clip_rows(config) + projector_rows(config)
+  rows = decoder_rows(config.decoder)
+  if config.vision is not None:
+    rows += clip_rows(config.vision) + projector_rows(config.projector_depth)
   if config.vision_hr is not None:
-    rows += convnext_rows(config) + mining_rows(config)
+    rows += convnext_rows(config.vision_hr) + mining_rows()
   return rows
 
 
@@ -153,50 +154,60 @@ def all_rows(config: ModelConfig) -> list[Row]:
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[str, tuple],
-            source: str = "checkpoint") -> dict[str, np.ndarray]:
-  """The original's tensors as flat arrays by path.
+def check(headers: Mapping[str, Any], rows: list[Row], shapes: Mapping[str, tuple],
+          where: str) -> None:
+  """Raises ConversionError unless tensors, table and model fit each other exactly.
 
   Args:
-    tensors: by name in the original.
+    headers: what there is, by name in the original, each with a `shape` (and a `file`).
     rows: the table.
-    shapes: path -> shape that the model expects; must be covered exactly.
-    source: what to call the checkpoint in errors.
-  Raises:
-    ValueError: a tensor is missing, unknown, of the wrong shape, or a path is left empty.
+    shapes: path -> shape that the model expects of what the table covers.
+    where: what to call the checkpoint.
+
+  Five ways to be wrong: a tensor that two rows claim, one that no row knows, an entry set twice,
+  one that is missing, a shape that differs.
   """
-  unknown = [n for n in tensors if not IGNORED.search(n)]
-  unknown = sorted(set(unknown) - {r.hf for r in rows})
-  missing = [r.hf for r in rows if r.hf not in tensors]
+  for what, keys in (("tensor", [r.hf for r in rows]), ("entry", [(r.path, r.at) for r in rows])):
+    if twice := [key for key, n in Counter(keys).items() if n > 1]:
+      raise ConversionError(f"{where}: two rows of the table have the {what} {twice[0]}")
+  known = {r.hf for r in rows}
+  unknown = sorted(n for n in headers if n not in known and not IGNORED.search(n))
+  missing = [r.hf for r in rows if r.hf not in headers]
   if missing or unknown:
-    raise ValueError(f"{source}: {len(rows)} tensors expected, {len(tensors)} found; "
-                     f"missing: {', '.join(missing[:5]) or 'none'}; "
-                     f"unknown: {', '.join(unknown[:5]) or 'none'}")
-  out, filled = {}, {}
+    found = len(rows) - len(missing)
+    first = unknown and getattr(headers[unknown[0]], "file", "")
+    raise ConversionError(
+        f"{where}: {len(rows)} tensors expected, {found} of them found; "
+        f"missing: {_some(missing)}; unknown: {_some(unknown)}{f' in {first}' if first else ''}")
+  filled = Counter(r.path for r in rows)
+  stacked = {r.path: len(r.at) for r in rows}
+  for path, want in shapes.items():
+    if (count := math.prod(want[:stacked.get(path, 0)])) != filled[path]:
+      raise ConversionError(f"{where}: {path} needs {count} tensors, the table has {filled[path]}")
   for row in rows:
     if row.path not in shapes:
-      raise ValueError(f"{source}: {row.hf} maps to {row.path}, which this model does not have")
-    value, want = row.form.load(np.asarray(tensors[row.hf])), tuple(shapes[row.path])
-    if value.shape != want[len(row.at):]:
-      raise ValueError(f"{source}: {row.hf} has shape {tensors[row.hf].shape}, which is "
-                       f"{value.shape} at {row.path} where {want} is expected")
-    if row.at:
-      out.setdefault(row.path, np.empty(want, value.dtype))[row.at] = value
-    else:
-      out[row.path] = value
-    filled[row.path] = filled.get(row.path, 0) + 1
-  stacked = {row.path: len(row.at) for row in rows}
-  for path, want in shapes.items():
-    count = math.prod(want[:stacked.get(path, 0)])
-    if filled.get(path, 0) != count:
-      raise ValueError(f"{source}: {path} needs {count} tensors, {filled.get(path, 0)} were set")
+      raise ConversionError(f"{where}: {row.hf} maps to {row.path}, which this model does not have")
+    header, want = headers[row.hf], tuple(shapes[row.path])[len(row.at):]
+    if tuple(header.shape) != (expected := row.form.there(want)):
+      raise ConversionError(f"{getattr(header, 'file', where)}: {row.hf} has shape "
+                            f"{tuple(header.shape)}, expected {expected}")
+
+
+def _some(names: list[str]) -> str:
+  return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "") or "none"
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[str, tuple],
+            where: str = "checkpoint") -> dict[str, np.ndarray]:
+  """A small model's tensors, by name in the original, as arrays by path.  Raises as `check`."""
+  check(tensors, rows, shapes, where)
+  out = {}
+  for row in rows:
+    value = row.form.load(np.asarray(tensors[row.hf]))
+    out.setdefault(row.path, np.empty(shapes[row.path], value.dtype))[row.at] = value
   return out
 
 
 def to_hf(arrays: Mapping[str, np.ndarray], rows: list[Row]) -> dict[str, np.ndarray]:
-  """Flat arrays by path -> the original's tensors by name."""
-  out = {}
-  for row in rows:
-    value = np.asarray(arrays[row.path])
-    out[row.hf] = row.form.save(value[row.at])
-  return out
+  """Arrays by path -> the original's tensors by name."""
+  return {row.hf: row.form.save(np.asarray(arrays[row.path])[row.at]) for row in rows}

@@ -2,7 +2,8 @@
 
 A run's folder holds `config.json` (the resolved run), `tokenizer/`, and `checkpoints/<step>/` with
 the items `state` (step, params, frozen, opt_state) and `data` (the position in the data, the same
-for all hosts).
+for all hosts).  `origin/`, where the weights came from a HuggingFace folder, holds what its config
+files said, for the way back.
 """
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ from mgjax.config import ModelConfig, build
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
-CONFIG, TOKENIZER, STEPS = "config.json", "tokenizer", "checkpoints"
+CONFIG, TOKENIZER, ORIGIN, STEPS = "config.json", "tokenizer", "origin", "checkpoints"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+                   "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                   "chat_template.jinja")
 
 
 class CheckpointError(ValueError):
@@ -165,12 +167,7 @@ def load_params(path: str | Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
   Raises CheckpointError if one is missing or has another shape.
   """
   folder = resolve(path)
-  saved = _saved_shapes(folder)
-  home = {}  # path of a parameter -> its path in the saved state
-  for key in saved:
-    part, _, name = key.partition("/")
-    if part in ("params", "frozen"):
-      home[name] = key
+  saved, home = _saved_shapes(folder), parameter_homes(folder)
   missing = sorted(set(wanted) - set(home))
   if missing:
     raise CheckpointError(f"{folder}: {len(wanted)} parameters wanted, {len(missing)} not in it; "
@@ -188,26 +185,41 @@ def load_params(path: str | Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
   return {k: got[home[k]] for k in wanted}
 
 
-def parameter_paths(path: str | Path) -> list[str]:
-  """Paths of the model parameters that a checkpoint holds."""
-  parts = (k.partition("/") for k in _saved_shapes(resolve(path)))
-  return [name for part, _, name in parts if part in ("params", "frozen")]
+def parameter_homes(path: str | Path) -> dict[str, str]:
+  """Path of each model parameter that a checkpoint holds -> its path in the saved state."""
+  homes = {}
+  for key in _saved_shapes(resolve(path)):
+    part, _, name = key.partition("/")
+    if part in ("params", "frozen"):
+      homes[name] = key
+  return homes
 
 
-def write_run(workdir: Path, config: dict, tokenizer_dir: str | Path) -> None:
-  """Puts the resolved config and a copy of the tokenizer beside the checkpoints."""
+def write_run(workdir: Path, config: dict, tokenizer_dir: str | Path | None,
+              origin: Path | None = None) -> None:
+  """Puts the resolved config and copies of the tokenizer and of `origin` beside the checkpoints."""
   workdir.mkdir(parents=True, exist_ok=True)
-  if not (workdir / TOKENIZER).exists():
-    unfinished = workdir / f"{TOKENIZER}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    for name in TOKENIZER_FILES:  # the folder may hold a whole model as well
-      if (Path(tokenizer_dir) / name).is_file():
-        shutil.copy(Path(tokenizer_dir) / name, unfinished)
-    unfinished.rename(workdir / TOKENIZER)
+  if tokenizer_dir:
+    names = TOKENIZER_FILES  # the folder may hold a whole model as well
+    _copy_files([Path(tokenizer_dir) / n for n in names], workdir / TOKENIZER)
+  if origin:
+    _copy_files(list(origin.iterdir()), workdir / ORIGIN)
   unfinished = workdir / f"{CONFIG}.part"
   unfinished.write_text(json.dumps(config, indent=2) + "\n")
   unfinished.rename(workdir / CONFIG)
+
+
+def _copy_files(files: list[Path], folder: Path) -> None:
+  """Copies those that exist, unless `folder` is there already; it appears whole."""
+  if folder.exists():
+    return
+  unfinished = folder.with_name(f"{folder.name}.part")
+  shutil.rmtree(unfinished, ignore_errors=True)
+  unfinished.mkdir()
+  for file in files:
+    if file.is_file():
+      shutil.copy(file, unfinished)
+  unfinished.rename(folder)
 
 
 def read_run(path: str | Path) -> tuple[Path, dict]:
@@ -233,6 +245,7 @@ class LoadedModel:
   tokenizer_dir: Path
   template: str
   aspect: str
+  stop_ids: tuple[int, ...]
   max_length: int
 
 
@@ -255,7 +268,7 @@ def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedMod
       model=nnx.merge(graphdef, params), config=config, tokenizer_dir=workdir / TOKENIZER,
       template=run["chat_template"] or data["template"],
       aspect=run["chat_aspect"] or data["aspect"],
-      max_length=data["max_length"])
+      stop_ids=tuple(run.get("chat_stop_ids", ())), max_length=data["max_length"])
 
 
 def abstract_params(build, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

@@ -91,6 +91,27 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Rotary frequencies for texts longer than those of pre-training.
+
+  All are divided by `factor` (linear scaling); with `original_length` only those that turn less
+  than `low_freq_factor` times in it, those above `high_freq_factor` stay, with a smooth passage
+  between (LLaMA-3.1).
+  """
+
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_length: float = 0.0  # 0: linear
+
+  def __post_init__(self):
+    at_least(self, 1, "factor")
+    if self.original_length and self.high_freq_factor <= self.low_freq_factor:
+      raise ConfigError(f"rope: high_freq_factor {self.high_freq_factor} is not above "
+                       f"low_freq_factor {self.low_freq_factor}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """A decoder of the Llama, Gemma or Mistral family (R1.10, R1.11).  Defaults: Vicuna-7B."""
 
@@ -103,6 +124,7 @@ class DecoderConfig:
   mlp_width: int = 11008
   norm_eps: float = 1e-5
   rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
   activation: str = "silu"      # of the gated MLP: silu | gelu (exact) | gelu_tanh
   norm_offset: float = 0.0      # norms multiply by offset + weight (Gemma: 1)
   scale_inputs: bool = False    # embeddings, visual tokens too, times sqrt(width) (Gemma)
@@ -128,9 +150,10 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A whole Mini-Gemini.  `vision_hr=None` is the single-tower model: no mining, same tokens."""
+  """A whole Mini-Gemini.  `vision_hr=None` is the single-tower model: no mining, same tokens;
+  `vision=None` the language model alone."""
 
-  vision: ClipVitConfig = ClipVitConfig()
+  vision: ClipVitConfig | None = ClipVitConfig()
   vision_hr: ConvNextConfig | None = ConvNextConfig()
   decoder: DecoderConfig = DecoderConfig()
   hr_size: int = 768        # side of the one image that the host sends
@@ -142,6 +165,8 @@ class ModelConfig:
     at_least(self, 1, "grid", "hr_size", "projector_depth")
     if self.global_view and self.grid == 1:
       raise ConfigError("model: global_view needs grid >= 2 (with grid 1 the view is the image)")
+    if self.vision is None and self.vision_hr is not None:
+      raise ConfigError("model: vision_hr without vision; mining needs the tokens of both towers")
     if self.vision_hr is not None:
       cells = self.vision.side * self.grid
       stride = self.vision_hr.total_stride
@@ -163,8 +188,8 @@ class ModelConfig:
 
   @property
   def visual_tokens(self) -> int:
-    """T: tokens that one image takes in the text."""
-    return self.tiles * self.vision.side**2
+    """T: tokens that one image takes in the text; 0 for a language model alone."""
+    return self.tiles * self.vision.side**2 if self.vision else 0
 
 
 def build(cls, values: Any, where: str) -> Any:

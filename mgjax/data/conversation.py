@@ -39,12 +39,37 @@ def _chat(name: str, system: str, user: str, assistant: str, end: str) -> Templa
                   assistant_start=assistant, answer_end=end, stop=(end,))
 
 
-_VICUNA = Template(
-    "vicuna_v1",
-    opening="A chat between a curious user and an artificial intelligence assistant. The assistant "
-            "gives helpful, detailed, and polite answers to the user's questions. ",
-    user_start="USER: ", user_end=" ", assistant_start="ASSISTANT:", answer_start=" ",
-    answer_end="</s>", stop=("</s>",))
+def _vicuna(name: str, system: str) -> Template:
+  return Template(name, opening=system + " ", user_start="USER: ", user_end=" ",
+                  assistant_start="ASSISTANT:", answer_start=" ", answer_end="</s>",
+                  stop=("</s>",))
+
+
+def _llama_2(name: str, system: str = "") -> Template:
+  """A system text stands inside the first question."""
+  first = "[INST] " + (f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else "")
+  return Template(name, opening=first, user_end=" ", assistant_start="[/INST]", answer_start=" ",
+                  answer_end=" </s>", between="<s>[INST] ", stop=("</s>",))
+
+
+_VICUNA = _vicuna("vicuna_v1", "A chat between a curious user and an artificial intelligence "
+                  "assistant. The assistant gives helpful, detailed, and polite answers to the "
+                  "user's questions.")
+_HELPFUL = ("You are a helpful language and vision assistant. You are able to understand the "
+            "visual content that the user provides, and assist the user with a variety of tasks "
+            "using natural language.")
+_SAFE = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as "
+         "possible, while being safe.  Your answers should not include any harmful, unethical, "
+         "racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses "
+         "are socially unbiased and positive in nature.\n\nIf a question does not make any sense, "
+         "or is not factually coherent, explain why instead of answering something not correct. If "
+         "you don't know the answer to a question, please don't share false information.")
+
+def _chatml(name: str, system: str) -> Template:
+  """No newline behind the end token, unlike the usual ChatML."""
+  return _chat(name, f"<|im_start|>system\n{system}", "<|im_start|>user\n",
+               "<|im_start|>assistant\n", "<|im_end|>")
+
 
 _USER_HEADER = "<|start_header_id|>user<|end_header_id|>\n\n"
 _SYSTEM_HEADER = "<|start_header_id|>system<|end_header_id|>\n\n"
@@ -52,25 +77,28 @@ _SYSTEM_HEADER = "<|start_header_id|>system<|end_header_id|>\n\n"
 TEMPLATES: dict[str, Template] = {
     "plain": Template("plain", answer_end="\n", caption_only=True, stop=("\n",)),
     "vicuna_v1": _VICUNA,
-    "v1": _VICUNA,
     # The assistant header says "system": the released 8B models were trained that way (R8 N12).
     "llama_3": _chat(
         "llama_3",
-        _SYSTEM_HEADER + "You are a helpful language and vision assistant. You are able to "
-        "understand the visual content that the user provides, and assist the user with a variety "
-        "of tasks using natural language.",
-        _USER_HEADER, _SYSTEM_HEADER, "<|eot_id|>"),
+        _SYSTEM_HEADER + _HELPFUL, _USER_HEADER, _SYSTEM_HEADER, "<|eot_id|>"),
     "gemma": Template(
         "gemma", user_start="<start_of_turn>user\n", user_end="<end_of_turn>\n",
         assistant_start="<start_of_turn>model\n", answer_end="<end_of_turn>\n<eos>",
         stop=("<end_of_turn>",)),
-    "mistral_instruct": Template(
-        "mistral_instruct", user_start="[INST] ", user_end=" ", assistant_start="[/INST]",
-        answer_start=" ", answer_end=" </s>", between="<s>", stop=("</s>",)),
-    "chatml_direct": _chat(
-        "chatml_direct", "<|im_start|>system\nAnswer the questions.", "<|im_start|>user\n",
-        "<|im_start|>assistant\n", "<|im_end|>"),
+    "mistral_instruct": _llama_2("mistral_instruct"),
+    "chatml_direct": _chatml("chatml_direct", "Answer the questions."),
+    # Those of the LLaVA line that the original's evaluation scripts still name.
+    "llama_2": _llama_2("llama_2", _SAFE),
+    "llava_llama_2": _llama_2("llava_llama_2", _HELPFUL),
+    "llava_v1": _vicuna("llava_v1", "A chat between a curious human and an artificial intelligence "
+                        "assistant. The assistant gives helpful, detailed, and polite answers to "
+                        "the human's questions."),
+    "mpt": _chatml("mpt", "A conversation between a user and an LLM-based AI assistant. The "
+                   "assistant gives helpful and honest answers."),
 }
+# The original's other names for the same.
+TEMPLATES |= {"v1": TEMPLATES["vicuna_v1"], "imgsp_v1": TEMPLATES["vicuna_v1"],
+              "v0_plain": TEMPLATES["plain"], "mistral_direct": TEMPLATES["chatml_direct"]}
 
 
 @dataclasses.dataclass(frozen=True)

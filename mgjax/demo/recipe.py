@@ -16,7 +16,7 @@ from mgjax.demo.make import Sizes, make
 from mgjax.demo.world import World
 from mgjax.evaluate.answers import answer_first_questions
 from mgjax.sharding import make_mesh
-from mgjax.train.config import run_config
+from mgjax.train.config import parse_init_from, run_config
 from mgjax.train.loop import train
 
 
@@ -38,7 +38,8 @@ def run_demo(config: dict, workdir: str | Path) -> None:
         "tokenizer": str(data / "tokenizer"),
         "data": values["data"] | {"path": str(data / values["data"]["path"]),
                                   "image_root": str(data)},
-        "init_from": tuple((part, str(workdir / source)) for part, source in values["init_from"])}
+        "init_from": tuple((part, str(workdir / source))
+                           for part, source in parse_init_from(values["init_from"]))}
     run = run_config(values)
     with clock.measure(name):
       if train(run, workdir / name, name=name) < (run.steps or 0):

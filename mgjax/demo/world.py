@@ -8,10 +8,11 @@ Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
 
   as_words  -> "- - red7 - - blue3 - - - - - - - - - -"     one word for one visual token
   questions -> read_one "what does the red sign say?" "red 7",
-               read_all "read the signs." "red 7 blue 3", ...
+               read_all "read the signs." "red7 blue3", ...
 
-An answer names what it tells of before it tells it ("red 7"), as people's answers do: a decoder
-this small learns to look up the word it has just said long before one it was asked for.
+An answer about one sign names what it tells of before it tells it ("red 7"), as people's answers
+do: a decoder this small learns to look up the word it has just said long before one it was asked
+for.  A list has one word a sign, so that what follows a character is always its colour.
 """
 
 import dataclasses
@@ -174,7 +175,7 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
   if kind == "read_one":
     return Question(kind, phrase.format(colour=sign.colour), f"{sign.colour} {sign.char}", sign)
   if kind == "read_all":
-    return Question(kind, phrase, " ".join(f"{s.colour} {s.char}" for s in signs))
+    return Question(kind, phrase, " ".join(s.colour + s.char for s in signs))
   if kind == "which_colour":
     # Of a single sign, the colour could be told without reading.
     if len(signs) == 1 or sum(s.char == sign.char for s in signs) > 1:

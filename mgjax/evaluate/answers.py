@@ -33,7 +33,8 @@ def answer_first_questions(checkpoint: str | Path, samples: Sequence[Sample],
     loaded = load_model(checkpoint, mesh, dtype=dtype)
   tokenizer, template = load_tokenizer(loaded.tokenizer_dir), get_template(loaded.template)
   engine = Engine(loaded.model, mesh=mesh, max_length=loaded.max_length)
-  sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=end_ids(tokenizer, template))
+  ends = end_ids(tokenizer, template, loaded.stop_ids)
+  sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=ends)
   texts, files, problems = [], [], []
   for sample in samples:
     try:
@@ -53,7 +54,7 @@ def answer_first_questions(checkpoint: str | Path, samples: Sequence[Sample],
       pixels = [load_image(path, loaded.config.hr_size, loaded.aspect) for path in paths]
       images = engine.encode_images(np.stack(pixels)) if pixels else ()
       prompts.append(Prompt(text.tokens, text.visual_index, images))
-    answers += [finished_text(tokenizer, template, ids)
+    answers += [finished_text(tokenizer, template, ids, ends)
                 for ids in engine.generate_batch(prompts, sampling, rows)]
   return answers
 

@@ -89,7 +89,7 @@ def extend(decoder: Decoder, x: jax.Array, start: jax.Array, first: jax.Array,
     q, k, v = block.qkv(x, positions)
     ks.append(write(k_all, k))
     vs.append(write(v_all, v))
-    x = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first, window))
+    x, _ = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first, window))
   return decoder.norm(x), Cache(tuple(ks), tuple(vs))
 
 

@@ -29,10 +29,11 @@ from mgjax.sharding import make_mesh, mesh_context
 _HALF = "\ufffd"  # what decoding makes of a character whose bytes are not all there
 
 
-def end_ids(tokenizer: Tokenizer, template: Template) -> tuple[int, ...]:
-  """eos, and the stop strings of the template that are one token each; others are found in the
-  text (`TextStream`)."""
-  ids = {tokenizer.eos_id}
+def end_ids(tokenizer: Tokenizer, template: Template,
+            stop_ids: Sequence[int] = ()) -> tuple[int, ...]:
+  """eos, the checkpoint's `stop_ids`, and the stop strings of the template that are one token each;
+  others are found in the text (`TextStream`)."""
+  ids = {tokenizer.eos_id, *stop_ids}
   for stop in template.stop:
     written = tokenizer.encode(stop, add_bos=False)
     if len(written) == 1:
@@ -87,9 +88,10 @@ def _overlap(text: str, stop: str) -> int:
               0)
 
 
-def finished_text(tokenizer: Tokenizer, template: Template, ids: Sequence[int]) -> str:
-  """The text of a whole answer, up to what ends it."""
-  stream, ends = TextStream(tokenizer, template.stop), end_ids(tokenizer, template)
+def finished_text(tokenizer: Tokenizer, template: Template, ids: Sequence[int],
+                  ends: Sequence[int]) -> str:
+  """The text of a whole answer, up to what ends it (`ends` from `end_ids`)."""
+  stream = TextStream(tokenizer, template.stop)
   for token in ids:
     if token in ends or stream.stopped:
       break
@@ -105,16 +107,18 @@ class Chat:
     engine: the model.
     tokenizer, template: those that it was trained with.
     aspect: how pictures are made square ('pad' or 'square'), as in training.
-    sampling: how to generate; `stop_ids` are filled in here.
+    sampling: how to generate; its `stop_ids` are filled in here.
+    stop_ids: see `end_ids`.
     fit: whether an answer may be shorter than `max_new_tokens` where the conversation nears the
       engine's max_length, instead of being refused; `cut` then tells.
   """
 
   def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template, *,
-               aspect: str, sampling: Sampling, fit: bool = False):
+               aspect: str, sampling: Sampling, stop_ids: Sequence[int] = (), fit: bool = False):
     self._engine, self._tokenizer, self._template = engine, tokenizer, template
     self._aspect, self._fit = aspect, fit
-    self._sampling = dataclasses.replace(sampling, stop_ids=end_ids(tokenizer, template))
+    self._sampling = dataclasses.replace(
+        sampling, stop_ids=end_ids(tokenizer, template, stop_ids))
     self._control = control_tokens(template, tokenizer.special, tokenizer.eos)
     self._answering: Generator[str] | None = None
     self.clear()
@@ -239,4 +243,4 @@ def load_chat(checkpoint: str | pathlib.Path, *, sampling: Sampling = Sampling()
   engine = Engine(loaded.model, mesh=mesh, max_length=max_length or loaded.max_length)
   return Chat(engine, load_tokenizer(loaded.tokenizer_dir),
               template or get_template(loaded.template), aspect=loaded.aspect, sampling=sampling,
-              fit=fit)
+              stop_ids=loaded.stop_ids, fit=fit)

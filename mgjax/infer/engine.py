@@ -84,13 +84,14 @@ class Engine:
     self.rows = batch_shards(mesh)  # fewest rows that the mesh can split
     self.compiled: collections.Counter[str] = collections.Counter()  # program -> times compiled
     self._cache_dtype = cache_dtype or model.dtype
+    self._per_image = max(1, self.config.visual_tokens)  # a language model alone has none
     with mesh_context(mesh):
       model = nnx.merge(*nnx.split(model))  # new module objects around the same arrays
       model.decoder = with_unstacked_blocks(model.decoder)
       self._graphdef, params = nnx.split(model)
       # A flat list: taking an nnx state apart at every token would cost more than the dispatch.
       self._params, self._treedef = jax.tree.flatten(params)
-      self._blank = jnp.zeros((self.config.visual_tokens, self.config.decoder.width), model.dtype)
+      self._blank = jnp.zeros((self._per_image, self.config.decoder.width), model.dtype)
     self._encode = jax.jit(self._encode_program)
     self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
     self._decode = jax.jit(self._decode_program, donate_argnames="cache")
@@ -138,6 +139,8 @@ class Engine:
 
   def encode_images(self, pixels: np.ndarray) -> tuple[jax.Array, ...]:
     """uint8 [N, H, H, 3] -> N arrays of visual tokens [T, D]; ValueError for another shape."""
+    if self.config.vision is None:
+      raise ValueError("this is a language model alone: it cannot see pictures")
     side = self.config.hr_size
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (side, side, 3):
@@ -252,7 +255,7 @@ class Engine:
           f"{name}: {len(prompt)} tokens and up to {sampling.max_new_tokens} new ones make "
           f"{len(prompt) + sampling.max_new_tokens}, but max_length is {self.max_length}; shorten "
           f"the prompt or start a new conversation{fewer}")
-    needed = prompt.visual_index.max(initial=-1) // self.config.visual_tokens + 1
+    needed = prompt.visual_index.max(initial=-1) // self._per_image + 1
     if needed > len(prompt.images):
       raise ValueError(f"{name}: it refers to {needed} images, but {len(prompt.images)} were given")
 
@@ -338,7 +341,7 @@ class Session:
     same &= (np.array(self._tokens[:n], int) == prompt.tokens[:n]) | (index >= 0)
     for slot, (old, new) in enumerate(zip(self._images, prompt.images)):
       if old is not new:
-        same &= index // self._engine.config.visual_tokens != slot
+        same &= index // self._engine._per_image != slot
     return n if same.all() else int(same.argmin())
 
 

@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mgjax.config import RopeScaling
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -48,13 +51,28 @@ def packed_causal_mask(segment_ids: jax.Array, window: int | None = None) -> jax
   return same & seen
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+  """Angle per position of each pair of dimensions: theta^(-2i/h), stretched by `scaling`.
+
+  -> float32 [h/2]
+  """
+  half = head_dim // 2
+  frequencies = np.float32(theta) ** (-np.arange(half, dtype=np.float32) / half)
+  if scaling is None:
+    return frequencies
+  if not scaling.original_length:
+    return frequencies / np.float32(scaling.factor)
+  turns = scaling.original_length * frequencies / (2 * np.pi)  # in a text of the original length
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((turns - low) / (high - low), 0, 1)  # 0: divided, 1: as it was
+  return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def rope(x: jax.Array, positions: jax.Array, frequencies: np.ndarray) -> jax.Array:
   """Rotary embedding, rotate-half convention, angles in float32.
 
-  x [B, L, H, h], positions int [B, L] -> [B, L, H, h].
+  x [B, L, H, h], positions int [B, L], frequencies [h/2] -> [B, L, H, h].
   """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, L, 1, h/2]
   sin, cos = jnp.sin(angles), jnp.cos(angles)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgjax.config import DecoderConfig
-from mgjax.models.attention import attention, packed_causal_mask, rope
+from mgjax.models.attention import attention, packed_causal_mask, rope, rope_frequencies
 from mgjax.models.layers import Dense, RmsNorm, remat, stack
 from mgjax.models.moe import Experts
 from mgjax.sharding import constrain
@@ -50,20 +50,23 @@ class DecoderBlock(nnx.Module):
     k = self.k(y).reshape(b, l, c.kv_heads, c.head_dim)
     v = self.v(y).reshape(b, l, c.kv_heads, c.head_dim)
     q, k, v = (constrain(a, "batch", "seq", "act_heads", None) for a in (q, k, v))
-    return rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta), v
+    frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    return rope(q, positions, frequencies), rope(k, positions, frequencies), v
 
   def finish(self, x, attended):
-    """x [B, L, D], attended [B, L, H, h] -> [B, L, D]: output projection and MLP."""
+    """x [B, L, D], attended [B, L, H, h] -> [B, L, D]: output projection and MLP; and the scores of
+    the router, if there are experts."""
     b, l, _ = x.shape
     x = constrain(x + self.out(attended.reshape(b, l, -1)), "batch", "seq", "act_embed")
-    return constrain(x + self.mlp(self.norm2(x)), "batch", "seq", "act_embed")
+    y, scores = self.mlp(self.norm2(x))
+    return constrain(x + y, "batch", "seq", "act_embed"), scores
 
   def mlp(self, x):
-    """[B, L, D] -> [B, L, D]."""
+    """[B, L, D] -> [B, L, D], and float32 [B, L, E] or None."""
     if self.config.experts:
       return self.experts(x)
     y = ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x)
-    return self.down(constrain(y, "batch", "seq", "act_mlp"))
+    return self.down(constrain(y, "batch", "seq", "act_mlp")), None
 
 
 class Decoder(nnx.Module):
@@ -101,18 +104,20 @@ class Decoder(nnx.Module):
     # In float32: in bfloat16 sqrt(D) itself would be rounded.
     return (x.astype(jnp.float32) * self.config.width**0.5).astype(x.dtype)
 
-  def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, positions: jax.Array,
+               segment_ids: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Full pass over packed rows, for training and scoring.
 
     x [B, L, D]; positions int [B, L], restarting at each sample; segment_ids int [B, L], 0 for
-    padding.  A sample attends to itself alone.  Returns [B, L, D], normed.
+    padding.  A sample attends to itself alone.  Returns [B, L, D], normed, and what the routers
+    said, float32 [layers, B, L, E] (None without experts).
     """
     mask = packed_causal_mask(segment_ids, self.config.sliding_window)
 
     def body(x, block):
       q, k, v = block.qkv(x, positions)
-      return block.finish(x, attention(q, k, v, mask)), None
+      return block.finish(x, attention(q, k, v, mask))
 
     x = constrain(self.enter(x), "batch", "seq", "act_embed")
-    x, _ = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)
-    return self.norm(x)
+    x, scores = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)
+    return self.norm(x), scores

@@ -1,4 +1,4 @@
-"""The whole model: two towers, mining, projector, decoder."""
+"""The whole model: two towers, mining, projector, decoder; or the decoder alone."""
 from __future__ import annotations
 
 import jax
@@ -40,6 +40,10 @@ class MiniGemini(nnx.Module):
                rngs: nnx.Rngs):
     self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
     kwargs = dict(remat_policy=remat_policy, dtype=dtype, rngs=rngs)
+    self.decoder = Decoder(config.decoder, **kwargs)
+    self.vision = self.vision_hr = self.mining = self.projector = nnx.data(None)
+    if config.vision is None:
+      return
     self.vision = ClipVit(config.vision, **kwargs)
     hr = config.vision_hr
     self.vision_hr = nnx.data(ConvNext(hr, **kwargs) if hr else None)
@@ -47,7 +51,6 @@ class MiniGemini(nnx.Module):
         PatchInfoMining(config.vision.width, hr.features, dtype=dtype, rngs=rngs) if hr else None)
     self.projector = Projector(
         config.vision.width, config.decoder.width, config.projector_depth, dtype=dtype, rngs=rngs)
-    self.decoder = Decoder(config.decoder, **kwargs)
 
   def encode_images(self, pixels: jax.Array, rng: jax.Array | None = None) -> jax.Array:
     """uint8 [N, H, H, 3] -> visual tokens [N, T, D] in the order global, tile 00, 01, 10, 11.
@@ -92,12 +95,15 @@ class MiniGemini(nnx.Module):
     visual = self.encode_images(pixels.reshape(b * slots, *pixels.shape[2:]), rng)
     return visual.reshape(b, slots * self.config.visual_tokens, -1)
 
-  def hidden(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
-    """Final hidden states [B, L, D] of a batch (tokens, visual_index, positions, segment_ids,
-    images); S = 0 image slots is a batch of text.  rng: drop path, or None."""
+  def with_router(self, batch: dict[str, jax.Array],
+                  rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """Scores float32 [B, L, V] of the token after each position of a batch (tokens, visual_index,
+    positions, segment_ids, images; S = 0 image slots is a batch of text), and those of the routers,
+    float32 [layers, B, L, E] or None.  rng: drop path, or None."""
     x = self.place(batch["tokens"], batch["visual_index"], self.visual_tokens(batch, rng))
-    return self.decoder(x, batch["positions"], batch["segment_ids"])
+    x, router = self.decoder(x, batch["positions"], batch["segment_ids"])
+    return self.decoder.logits(x), router
 
   def __call__(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
-    """Scores float32 [B, L, V] of the token after each position."""
-    return self.decoder.logits(self.hidden(batch, rng))
+    """Scores float32 [B, L, V]; see `with_router`."""
+    return self.with_router(batch, rng)[0]

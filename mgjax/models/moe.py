@@ -34,10 +34,10 @@ class Experts(nnx.Module):
     self.up = make((e, d, f), ("expert", "embed", "mlp"))
     self.down = make((e, f, d), ("expert", "mlp", "embed"))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x [B, L, D] -> [B, L, D]."""
-    d = x.shape[-1]
-    weights, chosen = route(self.router(x), self.config.experts_per_token)      # [B, L, k]
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [B, L, D] -> [B, L, D], and the router's scores float32 [B, L, E]."""
+    d, scores = x.shape[-1], self.router(x)
+    weights, chosen = route(scores, self.config.experts_per_token)              # [B, L, k]
 
     def local(x, weights, chosen, gate, up, down):
       own, k = gate.shape[0], chosen.shape[-1]
@@ -58,7 +58,22 @@ class Experts(nnx.Module):
     sharded = jax.shard_map(
         local, in_specs=(batch, batch, batch, wide, wide, P("expert", "tensor", None)),
         out_specs=batch, check_vma=False)
-    return sharded(x, weights, chosen, self.gate[...], self.up[...], self.down[...])
+    return sharded(x, weights, chosen, self.gate[...], self.up[...], self.down[...]), scores
+
+
+def balance_loss(scores: jax.Array, real: jax.Array, k: int) -> jax.Array:
+  """How unevenly tokens are spread over the experts (Switch Transformer, equation 4, k choices).
+
+      E * sum_e  (share of the tokens that choose e) * (mean probability of e)
+
+  scores float32 [layers, B, L, E], all layers counted together; real bool [B, L].  k when they are
+  spread evenly; its gradient goes through the probabilities.
+  """
+  experts, probabilities = scores.shape[-1], jax.nn.softmax(scores, axis=-1)
+  chosen = jnp.sum(jax.nn.one_hot(jax.lax.top_k(scores, k)[1], experts), axis=-2)  # [.., L, E]
+  count = jnp.maximum(jnp.sum(real) * scores.shape[0], 1)
+  mean = lambda x: jnp.sum(jnp.where(real[None, :, :, None], x, 0), axis=(0, 1, 2)) / count
+  return experts * jnp.sum(mean(chosen) * mean(probabilities))
 
 
 def route(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

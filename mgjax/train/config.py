@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mgjax.config import ConfigError, ModelConfig, at_least, build
@@ -46,6 +47,7 @@ class RunConfig:
                                       # the checkpoint in init_from
   optimizer: OptimizerConfig = OptimizerConfig()
   objective: str = "language"         # language | tags:vision | tags:vision_hr (tower pre-training)
+  router_loss: float = 0.0            # weight of the experts' balance (the original's: 0)
   steps: int | None = None            # None: `epochs` over the data
   epochs: float = 1.0
   accumulate: int = 1                 # micro-batches a step; data.batch_size counts all their rows
@@ -54,9 +56,11 @@ class RunConfig:
   dtype: str = "bfloat16"             # of matrix products
   frozen_dtype: str = "bfloat16"      # of parameters that do not train; trained ones are float32
   seed: int = 0
-  init_from: tuple[tuple[str, str], ...] = ()  # (prefix of parameter paths, workdir of a run)
+  init_from: tuple[tuple[str, str], ...] = ()  # (prefix of parameter paths, checkpoint); config
+                                      # files write it as text, see `parse_init_from`
   chat_template: str = ""             # what launch/chat.py uses; "" = data.template
   chat_aspect: str = ""               # "" = data.aspect
+  chat_stop_ids: tuple[int, ...] = ()  # ids that end an answer, beside those of tokenizer, template
   checkpoint: CheckpointConfig = CheckpointConfig()
   log_every: int = 1
 
@@ -64,6 +68,9 @@ class RunConfig:
     at_least(self, 1, "steps", "accumulate", "log_every")
     if not 0 < self.epochs < float("inf"):
       raise ConfigError(f"config.epochs is {self.epochs}; expected more than 0")
+    at_least(self, 0, "router_loss")
+    if self.router_loss and not self.model.decoder.experts:
+      raise ConfigError(f"config.router_loss is {self.router_loss}, but the decoder has no experts")
     if self.chat_template:
       get_template(self.chat_template)
     for name, value, allowed in (
@@ -76,13 +83,35 @@ class RunConfig:
     if self.data.batch_size % self.accumulate:
       raise ConfigError(f"config.data.batch_size {self.data.batch_size} is not a multiple of "
                        f"config.accumulate {self.accumulate}")
-    if self.objective == "language":
+    if self.model.vision is None:
+      if self.data.images_per_row or self.objective != "language":
+        raise ConfigError("config.model has no towers: it is a language model alone; set "
+                          "config.data.images_per_row to 0, or start from a checkpoint with towers")
+    elif self.objective == "language":
       for name, value, expected in (
           ("hr_size", self.data.hr_size, self.model.hr_size),
           ("tokens_per_image", self.data.tokens_per_image, self.model.visual_tokens)):
         if value != expected:
           raise ConfigError(f"config.data.{name} is {value}, but the model needs {expected}; leave "
                            "it out, it follows config.model")
+
+
+def parse_init_from(text: str) -> tuple[tuple[str, str], ...]:
+  """Where a run starts from, as config files write it: a checkpoint, or one for each part.
+
+  >>> parse_init_from("checkpoints/mgm-7b"), parse_init_from("vision=runs/a,decoder=runs/b")
+  ((('', 'checkpoints/mgm-7b'),), (('vision', 'runs/a'), ('decoder', 'runs/b')))
+  """
+  if not text or Path(text).exists():
+    return (("", text),) if text else ()
+  parts = []
+  for entry in text.split(","):
+    prefix, _, source = entry.rpartition("=")
+    if not source:
+      raise ConfigError(f"config.init_from is {text!r}; expected a checkpoint folder, or "
+                        "part=FOLDER,part=FOLDER")
+    parts.append((prefix, source))
+  return tuple(parts)
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -93,7 +122,10 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
   the wrong type, or values that do not fit together.
   """
   values = dict(values)
+  if isinstance(values.get("init_from"), str):
+    values["init_from"] = parse_init_from(values["init_from"])
   model = build(ModelConfig, values.get("model", {}), "config.model")
-  data = dict(hr_size=model.hr_size, tokens_per_image=model.visual_tokens) | dict(
-      values.get("data", {}))
+  data = dict(values.get("data", {}))
+  if model.vision is not None:
+    data = dict(hr_size=model.hr_size, tokens_per_image=model.visual_tokens) | data
   return build(RunConfig, values | {"model": model, "data": data}, "config")

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mgjax import trees
-from mgjax.checkpoint import TOKENIZER, Checkpointer, read_run, resolve, write_run
+from mgjax.checkpoint import ORIGIN, TOKENIZER, Checkpointer, read_run, resolve, write_run
 from mgjax.config import ConfigError
 from mgjax.data.pipeline import Pipeline, make_pipeline
 from mgjax.data.sources import DataError
@@ -84,7 +84,7 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
     if start >= steps:
       return start
     if main_host:
-      write_run(workdir, dataclasses.asdict(config), config.tokenizer)
+      write_run(workdir, dataclasses.asdict(config), config.tokenizer, origin_folder(config))
       metrics_lib.truncate_after(workdir / "metrics.jsonl", start)
       write_problems(workdir / "skipped.jsonl", data)
       describe(config, abstract, data, steps)
@@ -123,7 +123,7 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
 
 # What may differ when a run goes on; everything else makes it another run.
 _MAY_CHANGE = ("tokenizer", "init_from", "mesh", "remat", "checkpoint", "log_every", "steps",
-               "epochs", "accumulate", "chat_template", "chat_aspect")
+               "epochs", "accumulate", "chat_template", "chat_aspect", "chat_stop_ids")
 _DATA_MAY_CHANGE = ("image_root", "on_error", "workers", "threads", "scan_limit")
 
 
@@ -160,6 +160,15 @@ def tokenizer_folder(config: RunConfig, workdir: Path) -> Path:
       return folder
   raise ConfigError("config.tokenizer is empty and config.init_from brings none; give the folder "
                     "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
+
+
+def origin_folder(config: RunConfig) -> Path | None:
+  """What the language model's checkpoint says of the HuggingFace folder that it came from."""
+  for prefix, source in config.init_from:
+    folder = resolve(source).parent.parent / ORIGIN
+    if prefix in ("", "decoder") and folder.is_dir():
+      return folder
+  return None
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

@@ -36,6 +36,10 @@ class Row:
     at_least(self, 0, "lr")
 
 
+# What the original never decays (R4.4): biases and the parameters of norms.
+NO_DECAY = r"(/bias|norm[^/]*/scale)$"
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW and its schedule; the defaults are the recipe's (R4.3)."""
@@ -49,16 +53,13 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float | None = None  # the published recipe does not clip (R4.3)
+  no_decay: str = NO_DECAY  # pattern of the parameters that weight decay leaves alone
 
   def __post_init__(self):
     if self.schedule not in ("cosine", "linear", "constant"):
       raise ConfigError(f"optimizer: schedule {self.schedule!r}; one of cosine, linear, constant")
     at_least(self, 0, "learning_rate", "warmup_ratio", "b1", "b2", "eps", "weight_decay",
              "clip_norm")
-
-
-# What the original never decays (R4.4): biases and the parameters of norms.
-NO_DECAY = re.compile(r"(/bias|norm[^/]*/scale)$")
 
 
 def row_of(path: str, table: tuple[Row, ...]) -> Row:
@@ -134,7 +135,7 @@ def _scale_by_table(config: OptimizerConfig, schedule) -> optax.GradientTransfor
     lr = schedule(state.count)
 
     def leaf(path, u, p):
-      decay = 0.0 if NO_DECAY.search(path) else config.weight_decay
+      decay = 0.0 if re.search(config.no_decay, path) else config.weight_decay
       return -lr * row_of(path, config.table).lr * (u + decay * p)
 
     updates = mask_layers(_map_paths(leaf, updates, params), config.table)

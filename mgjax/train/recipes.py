@@ -37,6 +37,7 @@ def base_config(preset: str) -> ConfigDict:
   config.optimizer.learning_rate = chosen.learning_rate
   # None has no type: flags need to know what may stand there.
   config.steps = config_dict.placeholder(int)
+  config.init_from = ""
   config.optimizer.clip_norm = config_dict.placeholder(float)
   return config
 

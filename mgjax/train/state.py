@@ -17,7 +17,7 @@ from mgjax.checkpoint import (
     CheckpointError,
     abstract_params,
     load_params,
-    parameter_paths,
+    parameter_homes,
     read_run,
 )
 from mgjax.models.mini_gemini import MiniGemini
@@ -81,7 +81,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
   for prefix, source in config.init_from:
     chosen = {k: v for k, v in wanted.items() if _starts(k, prefix) and k not in loaded}
     if prefix == "":  # everything that the checkpoint has; what is new stays random
-      held = set(parameter_paths(source))
+      held = parameter_homes(source)
       chosen = {k: v for k, v in chosen.items() if k in held}
     if not chosen:
       raise CheckpointError(f"init_from: {prefix!r} of {source} names no parameter that is still "

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from mgjax import trees
+from mgjax.models.moe import balance_loss
 from mgjax.models.tagger import Tagger
 from mgjax.train.config import RunConfig
 from mgjax.train.loss import tag_loss, token_loss
@@ -16,11 +17,20 @@ from mgjax.train.optimizer import make_schedule, mask_layers
 from mgjax.train.state import TrainState
 
 
-def batch_loss(model: nnx.Module, batch: dict, rng: jax.Array | None):
-  """Summed loss and number of its terms, by what the model is."""
-  outputs = model(batch, rng)
-  loss = tag_loss if isinstance(model, Tagger) else token_loss
-  return loss(outputs, batch["targets"], batch["loss_mask"])
+def batch_loss(model: nnx.Module, batch: dict, rng: jax.Array | None, router_loss: float = 0.0):
+  """Summed loss and number of its terms, by what the model is.
+
+  router_loss: weight of the experts' balance, added to the mean over terms.
+  """
+  targets = batch["targets"], batch["loss_mask"]
+  if isinstance(model, Tagger):
+    return tag_loss(model(batch, rng), *targets)
+  logits, router = model.with_router(batch, rng)
+  total, terms = token_loss(logits, *targets)
+  if router_loss:
+    k = model.config.decoder.experts_per_token
+    total += router_loss * terms * balance_loss(router, batch["segment_ids"] > 0, k)
+  return total, terms
 
 
 def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.GradientTransformation,
@@ -40,7 +50,7 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
   def gradients(params, frozen, batch, rng):
     def loss_fn(params):
       model = nnx.merge(graphdef, trees.merge(params, frozen))
-      loss, terms = batch_loss(model, batch, rng)
+      loss, terms = batch_loss(model, batch, rng, config.router_loss)
       return loss, terms
     (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return loss, terms, grads

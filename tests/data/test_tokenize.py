@@ -91,7 +91,8 @@ REPAIRED = {
     "v1__small_llama_legacy_true", "llama_3__llama3", "llama_3__small_llama3",
     "chatml_direct__small_yi_legacy_true", "chatml_direct__small_yi_legacy_false",
     "gemma__gemma", "gemma__small_gemma", "mistral_instruct__mistral_v1",
-    "mistral_instruct__small_llama_legacy_true"])
+    "mistral_instruct__small_llama_legacy_true", "llama_2__llama2_legacy_false",
+    "llava_llama_2__llama2_legacy_true", "mpt__small_yi_legacy_true"])
 def test_golden_conversations(golden, name):
   data = json.loads((golden / f"conversations/{name}.json").read_text(encoding="utf-8"))
   tokenizer = load_tokenizer(golden / "tokenizers" / data["tokenizer"])

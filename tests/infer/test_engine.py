@@ -1,16 +1,12 @@
 import contextlib
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden_models import case_config, case_views, load_params
-from safetensors.numpy import load_file
 
-from mgjax import trees
 from mgjax.config import ClipVitConfig, DecoderConfig, ModelConfig
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
@@ -282,70 +278,3 @@ def test_images_of_one_call_equal_singles(engine):
 
 def test_the_model_given_stays_as_it_is(engine, model, mesh):
   assert full_logits(model, mesh, make_prompt(0, 4)).shape == (4, 97)
-
-
-# Against the original.
-
-CASES = ("llama", "llama3", "llama_hd", "llama_noaux", "yi")
-
-
-@pytest.fixture(scope="module", params=CASES)
-def original(request, golden, mesh):
-  """(engine, scenarios, prompt of a scenario's row) of a golden case."""
-  folder = golden / request.param
-  scenarios = json.loads((folder / "golden.json").read_text())["generation"]
-  config, outputs = case_config(folder), load_file(folder / "outputs.safetensors")
-  with mesh_context(mesh):
-    graphdef, state = nnx.split(nnx.eval_shape(
-        lambda: MiniGemini(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-    model = nnx.merge(graphdef, load_params(folder, config, trees.pure(state)))
-    # The towers have tests of their own; compiling them for one case is enough here.
-    visual = jnp.asarray(outputs["image_tokens"])
-    if request.param == "llama_hd":
-      views = case_views(golden, request.param)
-      visual = jax.jit(lambda m, t, h: m.encode_views(t, h))(model, *views)
-
-  def row(scenario, r=0):
-    ids = np.array(scenario["prompt_ids"][r])
-    ids = ids[np.array(scenario.get("attention_mask", np.ones((r + 1, len(ids))))[r], bool)]
-    counts = np.where(ids == -200, config.visual_tokens, 1)
-    is_visual = np.repeat(ids == -200, counts)
-    index = np.where(is_visual, np.cumsum(is_visual) - 1, -1)
-    used = scenario["image_index"][r:r + 1] if is_visual.any() else []
-    return Prompt(np.repeat(np.maximum(ids, 0), counts), index, tuple(visual[i] for i in used))
-
-  scores = outputs["gen.image_b1.scores"]
-  return Engine(model, mesh=mesh, max_length=128, buckets=()), scenarios, row, scores
-
-
-def test_greedy_answers_are_the_originals(original):
-  engine, scenarios, row, _ = original
-  ran = 0
-  for name, s in scenarios.items():
-    if "beam" in name:
-      continue
-    want = s.get("tokens") or [ids[1:] for ids in s["raw_sequences"]]
-    stop = [s["eos_token_id"]] if "eos_token_id" in s else []
-    prompts = [row(s, r) for r in range(len(want))]
-    singles = [list(engine.generate(p, greedy(16, stop))) for p in prompts]
-    assert engine.generate_batch(prompts, greedy(16, stop), rows=2) == singles
-    for got, ids in zip(singles, want):
-      assert got == ids[:len(got)], name
-      # Where the original's row ended early, its id is the last and only padding follows.
-      assert len(got) == len(ids) or (got[-1] in stop and set(ids[len(got):]) == {0}), name
-    ran += 1
-  assert ran >= 3
-
-
-def test_scores_are_the_originals(original):
-  engine, scenarios, row, want = original
-  prompt = row(scenarios["image_b1"])
-  n = len(prompt)
-  pad = lambda x, fill: np.pad(x, (0, engine.bucket(n) - n), constant_values=fill)[None]
-  step, cache = engine.prefill(
-      pad(prompt.tokens, 0), pad(prompt.visual_index, -1), [prompt.images],
-      engine.empty_cache(1, engine.max_length), slot=0, first=np.zeros(1), last=n - 1,
-      sampling=greedy(16))
-  for scores in want[0]:
-    np.testing.assert_allclose(step.logits[0], scores, atol=1e-4)
-    step, cache = engine.decode(step, engine.settings(greedy(16)), cache)

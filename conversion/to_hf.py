@@ -1,0 +1,237 @@
+"""An mgjax checkpoint -> a HuggingFace folder that the original's code loads.
+
+  python -m conversion.to_hf --checkpoint work_dirs/mgm-7b --output MGM-7B [--shard-size 5GB]
+  python -m conversion.to_hf --checkpoint work_dirs/mgm-7b-stage1 --output adapter --adapter-only
+
+Writes config.json, sharded safetensors with their index, and the tokenizer and generation files;
+with --adapter-only the mm_projector.bin of a stage 1.  Numbers stay as they are saved (what trained
+is float32) unless --dtype asks for another type; the published checkpoints are bfloat16.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from conversion import mapping
+from conversion.config import Json, family_of, read_json, write_config
+from conversion.sources import ADAPTER
+from conversion.store import Reader
+from conversion.tensors import (
+    DTYPES,
+    INDEX,
+    ConversionError,
+    Header,
+    SafetensorsWriter,
+    Tensors,
+    open_file,
+    plan_shards,
+)
+from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
+from mgjax.checkpoint import ORIGIN, TOKENIZER, TOKENIZER_FILES, read_run
+from mgjax.config import ModelConfig, build
+
+# What stage 1 saves (R2.5): parameters whose names contain one of these, so both towers in full.
+_IN_ADAPTER = ("mm_projector", "vlm_uni", "vision_tower")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """An mgjax checkpoint as the original would see it."""
+
+  folder: Path           # of the run
+  model: ModelConfig
+  run: Json              # its config.json
+  tensors: Tensors       # by the original's names
+
+  @property
+  def origin(self) -> Path:
+    return self.folder / ORIGIN
+
+
+def open_checkpoint(path: Path, dtype: np.dtype | None = None) -> Checkpoint:
+  """A run folder, or one step of it; numbers as `dtype` if given.  Raises ConversionError or
+  CheckpointError."""
+  step_dir, run = read_run(path)
+  folder = step_dir.parent.parent
+  if run["objective"] != "language":
+    raise ConversionError(f"{path}: this run trained a tower alone ({run['objective']}); only "
+                          "whole models have a HuggingFace form")
+  model = build(ModelConfig, run["model"], f"{folder}/config.json: model")
+  reader = Reader(step_dir)
+  held = {path.split("/")[0] for path in reader.arrays}
+  # The start of a stage 1 has no projector and no mining yet.
+  rows = [row for row in mapping.all_rows(model) if row.path.split("/")[0] in held]
+  notes = {"dtypes": {}, "copies": []}
+  if (folder / ORIGIN / "tensors.json").is_file():
+    notes = read_json(folder / ORIGIN / "tensors.json")
+  tensors = _as_original(reader, rows, notes["dtypes"], dtype)
+  for name in notes["copies"]:
+    tensors = tensors.renamed(lambda n, name=name: name if n == _TABLE else None).over(tensors)
+  if (folder / ORIGIN / "buffers.safetensors").is_file():
+    tensors = tensors.over(open_file(folder / ORIGIN / "buffers.safetensors"))
+  return Checkpoint(folder, model, run, tensors)
+
+
+_TABLE = "model.embed_tokens.weight"
+
+
+def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, str],
+                 dtype: np.dtype | None) -> Tensors:
+  """narrow: dtypes of tensors whose stack is float32 because its tensors were of several dtypes."""
+  headers, by_name, where = {}, {row.hf: row for row in rows}, str(reader.step_dir)
+  for row in rows:
+    if row.path not in reader.arrays:
+      raise ConversionError(f"{where}: {row.path} is not in it; it is needed for {row.hf}")
+    shape, saved = reader.arrays[row.path]
+    if dtype is None and saved == np.float32 and row.hf in narrow:
+      saved = np.dtype(narrow[row.hf])
+    headers[row.hf] = Header(row.form.there(shape[len(row.at):]), dtype or saved, reader.step_dir)
+
+  def read(name: str) -> np.ndarray:
+    row = by_name[name]
+    value = row.form.save(reader.read(row.path, row.at))
+    written = value.astype(headers[name].dtype, copy=False)
+    if dtype is None and not np.array_equal(written.astype(value.dtype, copy=False), value):
+      raise ConversionError(f"{where}: {name} was {written.dtype.name} and has been trained since; "
+                            "name the type to write with --dtype")
+    return written
+
+  return Tensors(where, headers, read)
+
+
+def export(source: Checkpoint, output: Path, shard_bytes: int) -> None:
+  """Writes the whole model to `output`, or nothing.  Raises ConversionError."""
+  headers = source.tensors.headers
+  if source.model.vision is not None and not any("mm_projector" in n for n in headers):
+    raise ConversionError(f"{source.folder}: it has no projector yet, it is the start of stage 1; "
+                          "train that first")
+  needs_space(output, source.tensors.nbytes)
+  # The original's loader takes the whole CLIP from the files that hold mining and ConvNeXt (R2.3),
+  # so everything that sees lies in one file of its own.
+  seeing = [n for n in headers if any(part in n for part in _IN_ADAPTER)]
+  speaking = {n: h.nbytes for n, h in headers.items() if n not in set(seeing)}
+  shards = list(plan_shards(speaking, shard_bytes)) + ([seeing] if seeing else [])
+  files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  with finished_folder(output) as part, contextlib.ExitStack() as stack:
+    write_settings(source, part)
+    index = {"metadata": {"total_size": source.tensors.nbytes},
+             "weight_map": {n: f for f, names in zip(files, shards) for n in names}}
+    (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    jobs = []
+    for file, names in zip(files, shards):
+      writer = stack.enter_context(contextlib.closing(
+          SafetensorsWriter(part / file, {n: (headers[n].shape, headers[n].dtype) for n in names})))
+      jobs += [Job(headers[n].nbytes, lambda w=writer, n=n: w.write(n, source.tensors.read(n)))
+               for n in names]
+    run_jobs("writing", jobs)
+  _warn_of_name(output, source)
+
+
+def export_adapter(source: Checkpoint, output: Path) -> None:
+  """Writes mm_projector.bin and config.json as stage 1 does, or nothing."""
+  try:
+    import torch
+  except ImportError as e:
+    raise ConversionError(f"{output / ADAPTER}: .bin files are written by torch, which is not "
+                          "installed: pip install -e '.[torch]'") from e
+  headers = {n: h for n, h in source.tensors.headers.items()
+             if any(part in n for part in _IN_ADAPTER) and not mapping.IGNORED.search(n)}
+  if not any("mm_projector" in n for n in headers):
+    raise ConversionError(f"{source.folder}: no projector in it; --adapter-only needs a checkpoint "
+                          "of stage 1 or 2")
+  needs_space(output, sum(h.nbytes for h in headers.values()))
+  with finished_folder(output) as part:
+    write_settings(source, part, adapter=True)
+    held = {}
+
+    def job(name: str) -> None:
+      value = np.ascontiguousarray(source.tensors.read(name))
+      if value.dtype == DTYPES["BF16"]:
+        held[name] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+      else:
+        held[name] = torch.from_numpy(value)
+
+    run_jobs("reading", [Job(h.nbytes, lambda n=n: job(n)) for n, h in headers.items()])
+    torch.save({n: held[n] for n in headers}, part / ADAPTER)
+
+
+def write_settings(source: Checkpoint, part: Path, *, adapter: bool = False) -> None:
+  """config.json, generation_config.json and the tokenizer."""
+  run, origin = source.run, source.origin
+  dtype = source.tensors.headers[_TABLE].dtype.name
+  base = read_json(origin / "config.json") if (origin / "config.json").is_file() else None
+  config = write_config(source.model, base, aspect=run["chat_aspect"] or run["data"]["aspect"],
+                        max_length=run["data"]["max_length"], dtype=dtype)
+  if adapter:
+    config["tune_mm_mlp_adapter"] = True
+  (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  if adapter:
+    return
+  for file in origin.iterdir() if origin.is_dir() else ():
+    if file.name in ("generation_config.json", "preprocessor_config.json"):
+      shutil.copy(file, part)
+  if not (part / "generation_config.json").exists():
+    ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+           if config.get(k) is not None}
+    (part / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+  for name in TOKENIZER_FILES:
+    if (source.folder / TOKENIZER / name).is_file():
+      shutil.copy(source.folder / TOKENIZER / name, part)
+
+
+def _warn_of_name(output: Path, source: Checkpoint) -> None:
+  """The original picks its class by the folder's name (R2.3)."""
+  if source.model.vision is None:
+    return
+  family = family_of(read_json(output / "config.json"), str(output))
+  wanted = ["mgm"] + {"Gemma": ["2b"], "Mixtral": ["8x7b"]}.get(family.kind, [])
+  if missing := [w for w in wanted if w not in output.name.lower()]:
+    print(f"note: the original's loader goes by the folder's name; for it, {output.name!r} must "
+          f"contain {' and '.join(map(repr, missing))}")
+
+
+def parse_size(text: str) -> int:
+  """'5GB', '500MB' or bytes -> bytes."""
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+  if not match or not float(match.group(1)):
+    raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB or 500MB")
+  return int(float(match.group(1)) * 1000 ** " KMGT".index(match.group(2) or " "))
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The program; returns its exit code."""
+  parser = argparse.ArgumentParser(
+      prog="python -m conversion.to_hf", description=__doc__, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR",
+                      help="a run folder, or one of its steps")
+  parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                      help="the folder to make; must not exist")
+  parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE",
+                      help="most bytes a file (default: 5GB); the towers stay together")
+  parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
+                      help="type of the numbers; default: as saved")
+  parser.add_argument("--adapter-only", action="store_true",
+                      help="only what stage 1 trains, and the towers, as mm_projector.bin")
+  args = parser.parse_args(argv)
+  with tool() as outcome:
+    source = open_checkpoint(args.checkpoint, np.dtype(args.dtype) if args.dtype else None)
+    if args.adapter_only:
+      export_adapter(source, args.output)
+    else:
+      export(source, args.output, args.shard_size)
+    print(f"{args.output}: done")
+  return outcome.code
+
+
+if __name__ == "__main__":
+  sys.exit(main())
