@@ -16,7 +16,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from conversion.tensors import ConversionError
+from conversion.tensors import ConversionError, contiguous
 from mgjax import trees
 from mgjax.checkpoint import STEPS, parameter_homes, resolve
 
@@ -78,9 +78,9 @@ class Writer:
     if not value.ndim:
       return store[at].write(value.astype(array.dtype)).result()
     for start in range(0, value.shape[0], rows):
-      piece = np.ascontiguousarray(value[start:start + rows].astype(array.dtype, copy=False))
-      store[at][start:start + rows].write(piece, can_reference_source_data_indefinitely=True
-                                          ).result()
+      part = slice(start, min(start + rows, value.shape[0]))
+      piece = contiguous(value[part].astype(array.dtype, copy=False))
+      store[at][part].write(piece, can_reference_source_data_indefinitely=True).result()
 
 
 class Reader:

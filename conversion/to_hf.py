@@ -32,6 +32,7 @@ from conversion.tensors import (
     Header,
     SafetensorsWriter,
     Tensors,
+    contiguous,
     open_file,
     plan_shards,
 )
@@ -100,7 +101,7 @@ def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, s
     row = by_name[name]
     value = row.form.save(reader.read(row.path, row.at))
     written = value.astype(headers[name].dtype, copy=False)
-    if dtype is None and not np.array_equal(written.astype(value.dtype, copy=False), value):
+    if dtype is None and written is not value and not np.array_equal(written.astype(value.dtype), value):
       raise ConversionError(f"{where}: {name} was {written.dtype.name} and has been trained since; "
                             "name the type to write with --dtype")
     return written
@@ -154,7 +155,7 @@ def export_adapter(source: Checkpoint, output: Path) -> None:
     held = {}
 
     def job(name: str) -> None:
-      value = np.ascontiguousarray(source.tensors.read(name))
+      value = contiguous(source.tensors.read(name))
       if value.dtype == DTYPES["BF16"]:
         held[name] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
       else:

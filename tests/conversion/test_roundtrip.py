@@ -44,13 +44,14 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_both_ways(tmp_path, name, capsys):
+def test_both_ways(tmp_path, name, capsys, monkeypatch):
+  monkeypatch.setattr("conversion.store.CHUNK", 300)  # uneven pieces, as large arrays have
   config, dtype, shards = FOLDERS[name]
   config = config | {"torch_dtype": np.dtype(dtype).name}
   tensors = make_folder(tmp_path / "hf", config, dtype, shards)
   assert convert("--checkpoint", tmp_path / "hf", "--output", tmp_path / "run") == 0
   assert export("--checkpoint", tmp_path / "run", "--output", tmp_path / "back",
-                "--shard-size", "20KB") == 0
+                "--shard-size", "5KB") == 0
   assert_same(tmp_path / "back", tensors)
   assert json.loads((tmp_path / "back/config.json").read_text()) == config
   assert json.loads((tmp_path / "back/generation_config.json").read_text()) == {
@@ -65,7 +66,7 @@ def test_both_ways(tmp_path, name, capsys):
   # The original's loader wants all of CLIP in the files that hold mining and ConvNeXt.
   index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())["weight_map"]
   assert len({f for n, f in index.items() if "vlm_uni" in n or "vision_tower" in n}) <= 1
-  assert len(set(index.values())) > 2
+  assert len(set(index.values())) >= 2
 
 
 def test_mixed_dtypes_buffers_and_a_copied_head(tmp_path):
