@@ -2,13 +2,12 @@
 
     python benchmarks/convert.py [--gigabytes 6] [--folder DIR]
 
-A checkpoint with the real towers and as many Vicuna-7B layers as fit, bfloat16, in three shards. The
-copy ends when its bytes are on the disk, and so do the conversions.
+A checkpoint with the real towers and as many Vicuna-7B layers as fit, bfloat16, in three shards.
+The copy ends when its bytes are on the disk, and so do the conversions.
 """
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,13 +58,13 @@ def make_checkpoint(folder: Path, nbytes: float) -> int:
 def timed(*command: str) -> tuple[float, float]:
   """Seconds until the bytes are on the disk, and peak memory of the process in bytes."""
   os.sync()
-  before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
   started = time.perf_counter()
-  subprocess.run([sys.executable, "-m", *command] if command[0] != "cp" else command, check=True)
+  process = subprocess.Popen(command)
+  _, status, usage = os.wait4(process.pid, 0)
   os.sync()
-  seconds = time.perf_counter() - started
-  after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-  return seconds, max(before, after) * 1024  # the largest child so far
+  if status:
+    sys.exit(f"{' '.join(command)}: failed")
+  return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
 def main():
@@ -85,10 +84,10 @@ def main():
   print(f"cp: {copied / 1e6:.0f} MB/s")
   shutil.rmtree(root / "copy")
   for what, source, target in (("from_hf", "hf", "run"), ("to_hf", "run", "back")):
-    seconds, peak = timed(f"conversion.{what}", "--checkpoint", str(root / source), "--output",
-                          str(root / target))
-    print(f"{what}: {size / seconds / 1e6:.0f} MB/s, {size / seconds / copied:.0%} of the copy; peak "
-          f"memory {peak / 1e9:.2f} GB, {peak / bound:.0%} of the bound")
+    seconds, peak = timed(sys.executable, "-m", f"conversion.{what}", "--checkpoint",
+                          str(root / source), "--output", str(root / target))
+    print(f"{what}: {size / seconds / 1e6:.0f} MB/s, {size / seconds / copied:.0%} of the copy; "
+          f"peak memory {peak / 1e9:.2f} GB, {peak / bound:.0%} of the bound")
   subprocess.run([sys.executable, "-m", "conversion.check", "--checkpoint", str(root / "back"),
                   "--reference", str(root / "hf")], check=True)
   shutil.rmtree(root)

@@ -2,19 +2,23 @@
 
     python launch/train.py --config=configs/stage1.py:mgm-7b --workdir=work_dirs/mgm-7b-stage1 \
         --config.init_from=checkpoints/start-7b
+
+A folder in place of the preset is a checkpoint whose model is trained: configs/stage1.py:DIR.
 """
-from mgjax.presets import find
-from mgjax.train.recipes import ALIGN, base_config
+from mgjax.train.recipes import ALIGN, base_config, preset_of
 
 
 def get_config(preset: str = "mgm-7b"):
-  if find(preset).model.grid > 1:
+  chosen = preset_of(preset)
+  if chosen.model.vision is None:
+    raise ValueError(f"{preset!r} is a language model alone; convert it together with its towers")
+  if chosen.model.grid > 1:
     raise ValueError(f"preset {preset!r}: high definition begins in stage 2; align its namesake "
                      f"without -hd here, and start configs/stage2.py:{preset} from that")
   config = base_config(preset)
   config.data.path = "data/MGM-Pretrain/mgm_pretrain.json"
   config.data.image_root = "data/MGM-Pretrain"
-  config.data.template = find(preset).align_template
+  config.data.template = chosen.align_template
   config.data.aspect = "square"
   config.data.truncate = True
   config.data.batch_size = 256

@@ -101,7 +101,8 @@ def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, s
     row = by_name[name]
     value = row.form.save(reader.read(row.path, row.at))
     written = value.astype(headers[name].dtype, copy=False)
-    if dtype is None and written is not value and not np.array_equal(written.astype(value.dtype), value):
+    exact = written is value or np.array_equal(written.astype(value.dtype), value)
+    if dtype is None and not exact:
       raise ConversionError(f"{where}: {name} was {written.dtype.name} and has been trained since; "
                             "name the type to write with --dtype")
     return written

@@ -64,7 +64,8 @@ class Checkpointer:
     """
     if step == self.latest:
       return
-    self._inner.save_checkpointables_async(step, dict(state=state, data=data), force=force)
+    with _saving():
+      self._inner.save_checkpointables_async(step, dict(state=state, data=data), force=force)
 
   def restore(self, abstract_state: dict) -> tuple[dict, dict]:
     """The newest readable state, on the shardings of `abstract_state`, and its place in the data.
@@ -106,6 +107,23 @@ class Checkpointer:
   def close(self) -> None:
     """Waits until what is being saved is on disk."""
     self._inner.close()
+
+
+CHUNK = 64 << 20  # bytes
+
+
+def _saving() -> ocp.Context:
+  """Large arrays are saved in pieces, stacks layer by layer, so that a layer can be read alone."""
+  def storage(keypath, value):
+    if getattr(value, "nbytes", 0) <= CHUNK:
+      return None
+    stacked = "/blocks/" in jax.tree_util.keystr(keypath, simple=True, separator="/")
+    return ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else None)
+
+  context = ocp.Context()
+  context.array.saving.scoped_storage_options_creator = storage
+  return context
 
 
 class DamagedCheckpoint(CheckpointError):

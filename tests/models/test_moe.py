@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from mgjax.config import DecoderConfig
-from mgjax.models.moe import Experts
+from mgjax.models.moe import Experts, balance_loss
 from mgjax.sharding import make_mesh, mesh_context
 
 CONFIG = DecoderConfig(width=32, mlp_width=48, experts=4, experts_per_token=2)
@@ -29,12 +29,30 @@ def test_values_and_gradients_are_those_of_the_dense_form(lopsided):
       module.router.kernel[...] = module.router.kernel[...].at[:, 2:].set(0).at[:, :2].multiply(0)
     x = jax.random.normal(jax.random.key(0), (2, 24, 32))
     loss = lambda form: lambda m, x: jnp.sum(jnp.sin(form(m, x)))
+    ragged = lambda m, x: m(x)[0]
     if not lopsided:
-      np.testing.assert_allclose(module(x), dense(module, x), atol=1e-5)
-      ours, theirs = (jax.grad(loss(f), (0, 1))(module, x) for f in (lambda m, x: m(x), dense))
+      np.testing.assert_allclose(ragged(module, x), dense(module, x), atol=1e-5)
+      ours, theirs = (jax.grad(loss(f), (0, 1))(module, x) for f in (ragged, dense))
       for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     else:  # equal scores: the first two experts are taken, the others get no gradient
-      grads = jax.grad(loss(lambda m, x: m(x)))(module, x)
+      grads = jax.grad(loss(ragged))(module, x)
       assert np.abs(np.asarray(grads.gate[...][2:])).max() == 0
       assert np.abs(np.asarray(grads.gate[...][:2])).max() > 0
+
+
+def test_balance_loss_counts_real_tokens_of_all_layers():
+  rng = np.random.default_rng(0)
+  scores, real = rng.normal(size=(3, 2, 5, 4)).astype(np.float32), np.ones((2, 5), bool)
+  real[1, 3:] = False
+  p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+  chosen, probability, n = np.zeros(4), np.zeros(4), 0
+  for layer in range(3):
+    for b, l in zip(*np.nonzero(real)):
+      chosen[np.argsort(scores[layer, b, l])[-2:]] += 1
+      probability += p[layer, b, l]
+      n += 1
+  want = 4 * np.sum(chosen / n * probability / n)
+  np.testing.assert_allclose(balance_loss(scores, real, 2), want, rtol=1e-5)
+  even = np.tile(np.eye(4, dtype=np.float32) * 1e-4, (1, 1, 1, 1))  # each expert as often
+  np.testing.assert_allclose(balance_loss(even, np.ones((1, 4), bool), 1), 1, rtol=1e-4)

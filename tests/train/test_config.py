@@ -71,7 +71,7 @@ def test_wrong_keys_and_values_are_named():
     build(ModelConfig, {"global_view": True}, "config.model")
   for key, value in [("steps", 0), ("steps", -1), ("epochs", 0.0), ("accumulate", 0),
                      ("log_every", 0), ("chat_template", "nonsense"), ("chat_aspect", "round"),
-                     ("init_from", "abc"), ("init_from", ("", "x")),
+                     ("init_from", "vision="), ("init_from", ("", "x")),
                      ("init_from", (("a", "b", "c"),)), ("seed", True),
                      ("checkpoint", {"every": 0}), ("optimizer", {"learning_rate": float("nan")}),
                      ("optimizer", {"learning_rate": True}),
