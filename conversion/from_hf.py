@@ -208,6 +208,9 @@ def chat_settings(source: Source, model: ModelConfig, tokenizer_dir: Path,
   """What travels beside the weights: template, stop ids, how pictures are made square, length."""
   family = family_of(source.config, source.where)
   tokenizer = find_tokenizer(tokenizer_dir)
+  if tokenizer is not None and tokenizer.vocab_size > model.decoder.vocab_size:
+    print(f"warning: {tokenizer_dir}: its tokenizer has {tokenizer.vocab_size} entries, the model "
+          f"{model.decoder.vocab_size}; they belong to different models", file=sys.stderr)
   has = lambda token: tokenizer is not None and tokenizer.backend.token_id(token) is not None
   name = get_template(template or guess_template(family, has)).name
   config, stops = source.config, set()

@@ -240,7 +240,11 @@ def load_chat(checkpoint: str | pathlib.Path, *, sampling: Sampling = Sampling()
   with mesh_context(mesh):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     loaded = load_model(checkpoint, mesh, dtype=dtype)
+  tokenizer, vocabulary = load_tokenizer(loaded.tokenizer_dir), loaded.config.decoder.vocab_size
+  if tokenizer.vocab_size > vocabulary:
+    raise ValueError(f"{loaded.tokenizer_dir} has {tokenizer.vocab_size} entries, the model "
+                     f"{vocabulary}; they belong to different models")
   engine = Engine(loaded.model, mesh=mesh, max_length=max_length or loaded.max_length)
-  return Chat(engine, load_tokenizer(loaded.tokenizer_dir),
+  return Chat(engine, tokenizer,
               template or get_template(loaded.template), aspect=loaded.aspect, sampling=sampling,
               stop_ids=loaded.stop_ids, fit=fit)

@@ -1,14 +1,19 @@
 """HuggingFace -> mgjax -> HuggingFace -> mgjax, bit by bit."""
 import json
 
+import jax
 import ml_dtypes  # noqa: F401  (names its types to numpy)
 import numpy as np
 import pytest
 from folders import BF16, config_of, make_folder, make_towers, write_tensors
+from safetensors.numpy import load_file
 
 from conversion import check, from_hf, inspect, to_hf
+from conversion.case import spread
+from conversion.sources import adapter_tensors
 from conversion.tensors import open_tensors
-from mgjax.checkpoint import read_run
+from mgjax.checkpoint import load_model, read_run
+from mgjax.sharding import make_mesh, mesh_context
 
 
 def convert(*args) -> int:
@@ -151,6 +156,39 @@ def test_bin_shards(tmp_path):
   assert convert("--checkpoint", folder, "--output", tmp_path / "run") == 0
   assert export("--checkpoint", tmp_path / "run", "--output", tmp_path / "back") == 0
   assert_same(tmp_path / "back", tensors)
+
+
+def test_the_originals_own_folders(golden, tmp_path):
+  source = golden / "checkpoints/llama_sharded"
+  assert convert("--checkpoint", source, "--output", tmp_path / "run") == 0
+  assert export("--checkpoint", tmp_path / "run", "--output", tmp_path / "back") == 0
+  assert check.main(["--checkpoint", str(tmp_path / "back"), "--reference", str(source)]) == 0
+  for name in ("config.json", "generation_config.json"):
+    assert json.loads((tmp_path / "back" / name).read_text()) == json.loads(
+        (source / name).read_text())
+  given = load_file(source / "expected.safetensors")
+  mesh = make_mesh(devices=jax.devices()[:1])
+  with mesh_context(mesh), jax.default_matmul_precision("highest"):
+    model = load_model(tmp_path / "run", mesh, dtype=np.float32).model
+    lr, hr = (np.moveaxis(given[k].astype(np.float32), 1, -1) for k in ("images", "images_aux"))
+    tokens, index, _ = spread(given["input_ids"][0], model.config.visual_tokens)
+
+    @jax.jit
+    def logits(model, tiles, hr):
+      x = model.place(tokens[None], index[None], model.encode_views(tiles, hr))
+      x, _ = model.decoder(x, np.arange(len(tokens))[None], np.ones((1, len(tokens)), int))
+      return model.decoder.logits(x)
+
+    np.testing.assert_allclose(logits(model, lr[:, None], hr), given["logits"], rtol=0, atol=1e-4)
+
+
+def test_the_originals_adapter(golden, tmp_path):
+  pytest.importorskip("torch")
+  folder = golden / "checkpoints/stage1_adapter"
+  held, _ = adapter_tensors(folder)
+  want = load_file(folder / "mm_projector.contents.safetensors")
+  assert set(held.headers) == set(want)
+  assert all((held.read(n) == want[n]).all() for n in want)
 
 
 def test_differences_are_found(tmp_path, capsys):
