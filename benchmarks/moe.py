@@ -1,7 +1,7 @@
 """A Mixtral-shaped layer of experts (8, two a token): grouped products against the dense form that
 computes every expert for every token; and the same compiled for a TPU slice.
 
-    python benchmarks/moe.py [--width 4096 --mlp 14336 --tokens 256]
+    python benchmarks/moe.py [--width 2048 --mlp 7168 --tokens 256]
     python benchmarks/moe.py --compile v5p:2x2x2     # needs `pip install -e '.[tpu]'`
 """
 import argparse
@@ -75,7 +75,7 @@ def compile_for(topology: str, config: DecoderConfig, tokens: int):
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  for name, value in (("width", 4096), ("mlp", 14336), ("tokens", 256)):
+  for name, value in (("width", 2048), ("mlp", 7168), ("tokens", 256)):
     parser.add_argument(f"--{name}", type=int, default=value)
   parser.add_argument("--compile", metavar="TOPOLOGY")
   args = parser.parse_args()

@@ -162,9 +162,9 @@ def gradients(case: Case, model) -> Iterator[Finding]:
 def trajectories(case: Case, model) -> Iterator[Finding]:
   """Losses and gradient norms of training runs on one batch."""
   batch, (graphdef, state) = case.batch(), nnx.split(model)
-  for name, run in case.facts["trajectories"].items():
+  for name, run in (case.facts.get("trajectories") or {}).items():
     table, steps = training_table(case, run), run["steps"]
-    decays = any("layernorm" in n for n in case.facts.get("decay_params_by_hf_rule", ()))
+    decays = any("layernorm" in n for n in case.facts.get("decay_params_by_hf_rule") or ())
     optimizer = OptimizerConfig(
         run["lr"], table, run["schedule"], run["warmup_steps"] / steps, *run["betas"], run["eps"],
         run["weight_decay"], run["clip"] or None,
@@ -204,7 +204,7 @@ def training_table(case: Case, run) -> tuple[Row, ...]:
 
 def generation(case: Case, model) -> Iterator[Finding]:
   """Greedy answers, singly and as a batch, and the scores of the first."""
-  scenarios = case.facts["generation"]
+  scenarios = case.facts.get("generation") or {}
   tiles, hr = case.views()
   visual = jax.jit(lambda m, t, h: m.encode_views(t, h))(model, tiles, hr)
   mesh = make_mesh(devices=jax.devices()[:1])
@@ -215,6 +215,8 @@ def generation(case: Case, model) -> Iterator[Finding]:
           for name, s in scenarios.items() if not s.get("num_beams")}
   wanted = {name: scenarios[name].get("tokens") or [
       ids[lead:] for ids in scenarios[name]["raw_sequences"]] for name in rows}
+  if not rows:
+    return
   longest = max(len(p) for prompts in rows.values() for p in prompts) + max(
       len(ids) for want in wanted.values() for ids in want)
   engine = Engine(model, mesh=mesh, max_length=longest, buckets=())

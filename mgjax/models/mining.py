@@ -2,11 +2,13 @@
 the high-resolution map that it covers."""
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mgjax.models.layers import LayerNorm, new_dense, standardize
+from mgjax.models.layers import LayerNorm, new_dense
 from mgjax.sharding import constrain
 
 
@@ -55,15 +57,33 @@ class PatchInfoMining(nnx.Module):
     q = self.query(tokens)  # [N, T, D]
     q = jnp.einsum("ntd,cd->ntc", q, self.key.dense.kernel[...].astype(q.dtype))
     q = q * (self.key.norm.scale[...] * width**-0.5).astype(q.dtype)
-
-    candidates = standardize(features, self.EPS).astype(self.dtype)
-    candidates = candidates.reshape(n, side, window, side, window, -1)  # [N, P, w, P, w, C]
-    q = q.reshape(n, side, side, -1)
-    # Elementwise, then reduced: one pass over the map as it lies, no transposed copy of it.
-    logits = jnp.sum(candidates * q[:, :, None, :, None, :], axis=-1, dtype=jnp.float32)
-    p = jax.nn.softmax(logits, axis=(2, 4))  # over the window: [N, P, w, P, w]
-    pooled = jnp.sum(candidates * p[..., None].astype(self.dtype), axis=(2, 4))  # [N, P, P, C]
+    pooled = pool_windows(q.reshape(n, side, side, -1), features.astype(self.dtype), self.EPS)
     pooled = pooled.reshape(n, count, -1)
     pooled = pooled * self.value.norm.scale[...] + self.value.norm.bias[...]
     mined = self.value.dense(pooled.astype(self.dtype))
     return constrain(mined, "batch", "seq", "act_embed")
+
+
+def pool_windows(q: jax.Array, features: jax.Array, eps: float) -> jax.Array:
+  """sum_j softmax_j(q . n_j) n_j over the window of each query, n_j = (a_j - mean_j) r_j.
+
+  The candidates are standardised by their sums alone, so that no standardised copy of the map is
+  made: q . n_j = r_j (q . a_j - mean_j sum(q)), and likewise for the weighted sum.  The map is read
+  as it lies, one row of windows after the other.
+
+  q [N, P, P, C], features [N, P*w, P*w, C] -> float32 [N, P, P, C].
+  """
+  n, side, _, channels = q.shape
+  window = features.shape[1] // side
+  a = features.reshape(n * side, window, side, window, channels)  # [NP, w, P, w, C]
+  q = q.reshape(n * side, side, channels)                         # [NP, P, C]
+  mean = jnp.mean(a, axis=-1, dtype=jnp.float32)
+  variance = jnp.mean(jnp.square(a.astype(jnp.float32) - mean[..., None]), axis=-1)
+  r = jax.lax.rsqrt(variance + eps)                               # [NP, w, P, w]
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  sums = jnp.sum(q, axis=-1, dtype=jnp.float32)[:, None, :, None]
+  logits = (dot("npc,nipjc->nipj", q, a) - mean * sums) * r
+  p = jax.nn.softmax(logits, axis=(1, 3)) * r
+  pooled = dot("nipj,nipjc->npc", p.astype(a.dtype), a)
+  pooled = pooled - jnp.sum(p * mean, axis=(1, 3))[..., None]
+  return pooled.reshape(n, side, side, channels)

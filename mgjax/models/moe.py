@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mgjax.config import DecoderConfig
+from mgjax.models.grouped import grouped_dot
 from mgjax.models.layers import Dense
 from mgjax.sharding import spec
 
@@ -18,8 +19,8 @@ class Experts(nnx.Module):
 
       p = softmax(W_r x);  y = sum over the k largest p_e of  p_e / (their sum) * expert_e(x)
 
-  No expert is ever full: tokens are sorted by expert and multiplied group by group
-  (`jax.lax.ragged_dot`), so that none is dropped and nothing is computed twice.  Over the mesh axis
+  No expert is ever full: tokens are sorted by expert and multiplied group by group (`grouped_dot`),
+  so that none is dropped and nothing is computed twice.  Over the mesh axis
   `expert` every device computes the tokens of its own experts, and their results are summed.
   """
 
@@ -47,7 +48,7 @@ class Experts(nnx.Module):
       order = jnp.argsort(group, stable=True)
       counts = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
       rows = x.reshape(-1, d)[order // k]
-      dot = lambda a, w: jax.lax.ragged_dot(a, w.astype(self.dtype), counts)
+      dot = lambda a, w: grouped_dot(a, w.astype(self.dtype), counts)
       y = dot(self.activation(dot(rows, gate)) * dot(rows, up), down)           # [N*k, D]
       y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
       share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
