@@ -137,7 +137,8 @@ def _facts(what: str, tensors: Tensors, lines, rows) -> tuple[list[tuple[str, st
   parts = collections.Counter(_part(n) for n in tensors.headers)
   out = [("what", what), *lines,
          ("numbers", f"{count / 1e6:.1f} M: " + ", ".join(
-             f"{n / 1e9:.3f} GB of {d}" for d, n in by_dtype.items())),
+             f"{n / 1e9:.2f} GB of {d}" if n > 1e8 else f"{n / 1e6:.2f} MB of {d}"
+             for d, n in by_dtype.items())),
          ("tensors", f"{len(tensors.headers)}: " + ", ".join(f"{p} {n}" for p, n in parts.items()))]
   if rows is None:
     return out, True

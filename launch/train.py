@@ -5,6 +5,7 @@
 
 A workdir that exists is resumed.  SIGTERM saves and exits with 0.
 """
+import re
 import sys
 
 from absl import app, flags, logging
@@ -31,7 +32,10 @@ def main(argv):
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
-  values = _CONFIG.value.to_dict()
+  try:
+    values = _CONFIG.value.to_dict()
+  except OSError as e:  # a config file that is not there is told of when it is first used
+    sys.exit(f"error: --config: {last_line(e)}")
   try:
     if "runs" in values:
       from mgjax.demo.recipe import run_demo
@@ -46,9 +50,16 @@ def main(argv):
 def parse(argv):
   """Flags and config file; what does not fit is one line."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, ValueError, TypeError) as e:
-    sys.exit(f"error: {e}")
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as e:
+    sys.exit(f"error: {last_line(e)}")
+
+
+def last_line(e: Exception) -> str:
+  """What a config file raises comes inside a whole traceback: its last line tells."""
+  text = str(e.args[0] if e.args else e).replace("\\n", "\n")  # of a message within a message
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  return re.sub(r"^[a-zA-Z_.]*Error: ", "", lines[-1].strip("'"))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
     check_same_run(workdir, config)
     if config.steps and checkpointer.latest >= config.steps:
       return checkpointer.latest
-  config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config, workdir)))
+  config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config, workdir)),
+                               chat_stop_ids=config.chat_stop_ids or inherited_stop_ids(config))
   tokenizer = load_tokenizer(config.tokenizer)
   if tokenizer.vocab_size > config.model.decoder.vocab_size:
     raise ConfigError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
@@ -162,13 +163,22 @@ def tokenizer_folder(config: RunConfig, workdir: Path) -> Path:
                     "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
 
 
+def language_sources(config: RunConfig) -> list[Path]:
+  """The runs that the language model starts from."""
+  return [resolve(source).parent.parent for prefix, source in config.init_from
+          if prefix in ("", "decoder")]
+
+
+def inherited_stop_ids(config: RunConfig) -> tuple[int, ...]:
+  """The stop ids that the language model came with."""
+  runs = [read_run(folder)[1] for folder in language_sources(config)]
+  return tuple(next((run["chat_stop_ids"] for run in runs if run.get("chat_stop_ids")), ()))
+
+
 def origin_folder(config: RunConfig) -> Path | None:
   """What the language model's checkpoint says of the HuggingFace folder that it came from."""
-  for prefix, source in config.init_from:
-    folder = resolve(source).parent.parent / ORIGIN
-    if prefix in ("", "decoder") and folder.is_dir():
-      return folder
-  return None
+  folders = [folder / ORIGIN for folder in language_sources(config)]
+  return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:

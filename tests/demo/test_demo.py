@@ -122,7 +122,7 @@ def test_questions_have_the_answers_of_the_scene():
   signs = (Sign(2, "red", "7"), Sign(5, "blue", "3"), Sign(15, "green", "7"))
   assert as_words(world, signs) == "- - red7 - - blue3 - - - - - - - - - green7"
   answers = {k: ask(world, rng, signs, k, signs[1]).answer for k in READING + CONTROL[:1]}
-  assert answers == {"read_one": "blue 3", "read_all": "red 7 blue 3 green 7",
+  assert answers == {"read_one": "blue 3", "read_all": "red7 blue3 green7",
                      "which_colour": "3 blue", "count": "3"}
   assert ask(world, rng, signs, "which_colour", signs[0]) is None
   assert ask(world, rng, signs, "where", signs[2]).answer == "green bottom"

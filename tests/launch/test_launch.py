@@ -76,6 +76,8 @@ def test_chat_answers_from_the_checkpoint(trained):
 @pytest.mark.parametrize("flags,said", [
     (["--config.mesh.fsdp=3"], "fsdp=3"),
     (["--config.optimizer.lerning_rate=1"], "learning_rate"),
+    (["--config=configs/stage2.py:mgm-7c"], "did you mean 'mgm-7b'"),
+    (["--config=configs/nowhere.py"], "nowhere.py"),
     (["--config.init_from=vision="], "config.init_from"),
     (["--config.init_from=nowhere"], "nowhere: no checkpoint found"),
     (["--workdir=gs://bucket/run"], "gs://bucket/run"),
