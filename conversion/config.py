@@ -228,6 +228,11 @@ def _check_name(name: str, vision: ClipVitConfig, where: str) -> None:
           "(embeddings.position_embedding.weight, patch_embedding.weight); it is another tower")
 
 
+def read_aspect(config: Json) -> str:
+  """How pictures are made square: whatever is not 'pad' cuts the middle out (R3.1)."""
+  return "pad" if config.get("image_aspect_ratio", "pad") == "pad" else "square"
+
+
 def _needed(config: Json, key: str, where: str) -> Any:
   if config.get(key) is None:
     raise ConversionError(f"{where}: {key} is missing; it is needed to build the model")
@@ -325,20 +330,25 @@ def write_config(model: ModelConfig, base: Json | None, *, aspect: str, max_leng
     out |= _decoder_fields(model.decoder, base)
   if model.vision is not None:
     if not is_multimodal(base):
-      out |= {"model_type": family.model_type, "mm_vision_tower": TOWERS[0],
-              "architectures": [f"MGM{family.kind}ForCausalLM"], **_COMMON}
-    if not (is_multimodal(base) and _same_views(base, model)):
-      out |= _vision_fields(model)
-    out.setdefault("image_aspect_ratio", aspect)
-    out.setdefault("tokenizer_model_max_length", max_length)
-    if is_multimodal(base):
-      out |= {"image_aspect_ratio": aspect, "tokenizer_model_max_length": max_length}
+      out |= {"model_type": family.model_type, "architectures": [f"MGM{family.kind}ForCausalLM"],
+              "mm_vision_tower": TOWERS[0], **_COMMON,
+              # Where newer versions write these, the original's would not look.
+              "rope_theta": model.decoder.rope_theta, "torch_dtype": dtype}
+    said = {**_UNSAID, **base} if is_multimodal(base) else {}
+    out |= {k: v for k, v in _vision_fields(model).items() if said.get(k) != v}
+    if model.vision_hr is not None and not out.get("mm_vision_tower_aux"):
+      out["mm_vision_tower_aux"] = TOWERS[1]
+    if not is_multimodal(base) or read_aspect(base) != aspect:
+      out["image_aspect_ratio"] = aspect
+    if not is_multimodal(base) or base.get("tokenizer_model_max_length", max_length) != max_length:
+      out["tokenizer_model_max_length"] = max_length
   for key in ("torch_dtype", "dtype"):
     if out.get(key) is not None:
       out[key] = dtype
   return out
 
 
+_UNSAID = {"image_grid": 1, "image_global": False}  # what a config.json without them means
 _COMMON = {"use_mm_proj": True, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
            "mm_use_im_patch_token": False, "image_grid_pinpoints": None, "mm_projector_lr": None,
            "tokenizer_padding_side": "right", "tune_mm_mlp_adapter": False,
@@ -371,15 +381,8 @@ def _vision_fields(model: ModelConfig) -> Json:
                                f"mlp{model.projector_depth}x_gelu"),
          "image_grid": model.grid, "image_global": model.global_view}
   if model.vision_hr is not None:
-    out |= {"mm_vision_tower_aux": TOWERS[1], "mm_hidden_size_aux": model.vision_hr.features,
-            "image_size_aux": model.hr_size}
+    out |= {"mm_hidden_size_aux": model.vision_hr.features, "image_size_aux": model.hr_size}
   return out
-
-
-def _same_views(base: Json, model: ModelConfig) -> bool:
-  wanted = _vision_fields(model)
-  wanted.pop("mm_vision_tower_aux", None)
-  return all(base.get(k, False if k == "image_global" else None) == v for k, v in wanted.items())
 
 
 def guess_template(family: Family, has_token: Callable[[str], bool]) -> str:

@@ -30,6 +30,7 @@ from conversion.config import (
     family_of,
     guess_template,
     is_multimodal,
+    read_aspect,
     read_clip,
     read_json,
     read_model,
@@ -218,7 +219,7 @@ def chat_settings(source: Source, model: ModelConfig, tokenizer_dir: Path,
     eos = values.get("eos_token_id")
     stops |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
   longest = min(config.get("max_position_embeddings") or 4096, 4096)
-  aspect = "pad" if config.get("image_aspect_ratio", "pad") == "pad" else "square"
+  aspect = read_aspect(config)
   return {"chat_template": name, "chat_stop_ids": tuple(sorted(stops)), "chat_aspect": aspect,
           "tokenizer": str(tokenizer_dir.absolute()) if tokenizer else "",
           "data": {"path": "", "template": name, "aspect": aspect,

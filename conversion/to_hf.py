@@ -39,6 +39,7 @@ from conversion.tensors import (
 from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
 from mgjax.checkpoint import ORIGIN, TOKENIZER, TOKENIZER_FILES, read_run
 from mgjax.config import ModelConfig, build
+from mgjax.data.tokenizer import load_tokenizer
 
 # What stage 1 saves (R2.5): parameters whose names contain one of these, so both towers in full.
 _IN_ADAPTER = ("mm_projector", "vlm_uni", "vision_tower")
@@ -173,6 +174,10 @@ def write_settings(source: Checkpoint, part: Path, *, adapter: bool = False) -> 
   base = read_json(origin / "config.json") if (origin / "config.json").is_file() else None
   config = write_config(source.model, base, aspect=run["chat_aspect"] or run["data"]["aspect"],
                         max_length=run["data"]["max_length"], dtype=dtype)
+  if base is None and (source.folder / TOKENIZER).is_dir():
+    tokenizer = load_tokenizer(source.folder / TOKENIZER)
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+               "pad_token_id": tokenizer.pad_id}
   if adapter:
     config["tune_mm_mlp_adapter"] = True
   (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
