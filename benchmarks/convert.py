@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from conversion import mapping
-from conversion.from_hf import parameter_shapes
+from conversion.store import parameter_shapes
 from conversion.tensors import INDEX, SafetensorsWriter, plan_shards
 from mgjax.config import DecoderConfig, ModelConfig
 

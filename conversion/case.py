@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file
 
 from conversion import mapping
-from conversion.config import Json, read_json, read_model
-from conversion.tensors import ConversionError, open_tensors
+from conversion.config import read_json, read_model
+from conversion.families import Json
+from conversion.tensors import ConversionError, open_file, open_tensors
 from mgjax import trees
 from mgjax.config import ModelConfig
 from mgjax.infer.engine import Prompt
@@ -57,11 +57,11 @@ class Case:
 
   @functools.cached_property
   def inputs(self) -> dict[str, np.ndarray]:
-    return load_file(self.folder / "inputs.safetensors")
+    return load(self.folder / "inputs.safetensors")
 
   @functools.cached_property
   def outputs(self) -> dict[str, np.ndarray]:
-    return load_file(self.folder / "outputs.safetensors")
+    return load(self.folder / "outputs.safetensors")
 
   @functools.cached_property
   def llm(self) -> Json:
@@ -90,7 +90,7 @@ class Case:
     build = lambda: FromViews(self.config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(nnx.eval_shape(build))  # built for real, op by op, it would be slow
     shapes = {k: v.shape for k, v in trees.flatten(trees.pure(state)).items()}
-    arrays = mapping.from_hf(load_file(self.folder / "model.safetensors"), self.rows, shapes,
+    arrays = mapping.to_arrays(load(self.folder / "model.safetensors"), self.rows, shapes,
                              str(self.folder))
     return nnx.merge(graphdef, trees.unflatten({k: jnp.asarray(v) for k, v in arrays.items()}))
 
@@ -141,6 +141,12 @@ class Case:
     tokens, where, slots = spread(ids, self.config.visual_tokens)
     used = scenario["image_index"][row:row + 1] if slots else []
     return Prompt(tokens, where, tuple(visual[i] for i in used))
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+  """All tensors of a small file."""
+  tensors = open_file(path)
+  return {name: tensors.read(name) for name in tensors.headers}
 
 
 def spread(ids: np.ndarray, per_picture: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -21,7 +21,7 @@ from flax import nnx
 from conversion import mapping
 from conversion.case import Case
 from conversion.inspect import open_any
-from conversion.tensors import FLOATS
+from conversion.tensors import FLOATS, ConversionError
 from conversion.transfer import tool
 from mgjax import trees
 from mgjax.data.pipeline import DataConfig
@@ -29,9 +29,9 @@ from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
 from mgjax.models.convnext import concatenated_features
 from mgjax.sharding import make_mesh, mesh_context
+from mgjax.train import optimizer as optim
 from mgjax.train.config import RunConfig
 from mgjax.train.loss import token_loss
-from mgjax.train.optimizer import NO_DECAY, OptimizerConfig, Row, make_optimizer, split_frozen
 from mgjax.train.state import TrainState
 from mgjax.train.step import batch_loss, make_train_step
 
@@ -142,7 +142,7 @@ def gradients(case: Case, model) -> Iterator[Finding]:
     return total / terms
 
   grads = trees.flatten(jax.jit(jax.grad(mean_loss))(trees.pure(state)))
-  ours = mapping.to_hf({k: np.asarray(v) for k, v in grads.items()}, case.rows)
+  ours = mapping.to_tensors({k: np.asarray(v) for k, v in grads.items()}, case.rows)
   for key, want in case.outputs.items():
     head, _, rest = key.partition("right.grad")
     if head or not rest:
@@ -153,7 +153,8 @@ def gradients(case: Case, model) -> Iterator[Finding]:
       yield compare("gradients", tensor, got, want, limit=GRADIENTS, relative=True)
   norms = case.facts["scenarios"]["right"].get("grad_norm_per_param") or {}
   norms = {n: v for n, v in norms.items() if v and v > 1e-6}
-  worst = max(norms, key=lambda n: abs(np.linalg.norm(ours[n]) / norms[n] - 1), default=None)
+  off = lambda n: np.nan_to_num(abs(np.linalg.norm(ours[n]) / norms[n] - 1), nan=np.inf)
+  worst = max(norms, key=off, default=None)
   if worst:
     yield compare("gradients", f"norms of {len(norms)}, worst {worst}",
                   np.linalg.norm(ours[worst]), norms[worst], limit=GRADIENTS, relative=True)
@@ -164,15 +165,17 @@ def trajectories(case: Case, model) -> Iterator[Finding]:
   batch, (graphdef, state) = case.batch(), nnx.split(model)
   for name, run in (case.facts.get("trajectories") or {}).items():
     table, steps = training_table(case, run), run["steps"]
-    decays = any("layernorm" in n for n in case.facts.get("decay_params_by_hf_rule") or ())
-    optimizer = OptimizerConfig(
+    # The norms of Mixtral's class are decayed (R4.4).
+    decayed = "input_layernorm" in str(case.facts.get("decay_params_by_hf_rule"))
+    left_alone = "/bias$|^(vision|vision_hr|mining)/.*norm[^/]*/scale$"
+    optimizer = optim.OptimizerConfig(
         run["lr"], table, run["schedule"], run["warmup_steps"] / steps, *run["betas"], run["eps"],
         run["weight_decay"], run["clip"] or None,
-        no_decay="/bias$|^(vision|vision_hr|mining)/.*norm[^/]*/scale$" if decays else NO_DECAY)
+        no_decay=left_alone if decayed else optim.NO_DECAY)
     data = DataConfig("", hr_size=case.config.hr_size, tokens_per_image=case.config.visual_tokens)
     config = RunConfig(case.config, data, "", optimizer, dtype="float32", frozen_dtype="float32")
-    tx = make_optimizer(optimizer, steps)
-    params, frozen = split_frozen(jax.tree.map(jnp.array, trees.pure(state)), table)
+    tx = optim.make_optimizer(optimizer, steps)
+    params, frozen = optim.split_frozen(jax.tree.map(jnp.array, trees.pure(state)), table)
     train = TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params))
     step = jax.jit(make_train_step(config, graphdef, tx, steps))
     losses, norms = [], []
@@ -185,21 +188,21 @@ def trajectories(case: Case, model) -> Iterator[Finding]:
                   run["grad_norm_before_clip"], limit=GRADIENTS, relative=True)
 
 
-def training_table(case: Case, run) -> tuple[Row, ...]:
+def training_table(case: Case, run) -> tuple[optim.Row, ...]:
   """What a run trains, and at which rates (R4.2, R4.4)."""
   factors = dict(pair.split(":") for pair in (run["lr_multi"] or "").split(",") if pair)
   rate = lambda name: float(next((f for key, f in factors.items() if key in name), 1))
-  rows = [Row("^projector/", rate("model.mm_projector."))]
+  rows = [optim.Row("^projector/", rate("model.mm_projector."))]
   if case.config.vision_hr is not None:
-    rows.append(Row("^mining/", rate("model.vlm_uni_query_projector.")))
+    rows.append(optim.Row("^mining/", rate("model.vlm_uni_query_projector.")))
   if isinstance(run["trainable"], list):  # stage 1
-    return (*rows, Row("", None))
-  rows.append(Row("^decoder/"))
+    return (*rows, optim.Row("", None))
+  rows.append(optim.Row("^decoder/"))
   if case.llm.get("optimize_vision_tower"):  # the second half of CLIP
-    rows.append(Row("^vision/blocks/", layers=(case.config.vision.depth // 2, None)))
+    rows.append(optim.Row("^vision/blocks/", layers=(case.config.vision.depth // 2, None)))
   if case.llm.get("optimize_vision_tower_aux"):  # the last block of each stage
-    rows.append(Row("^vision_hr/stages/[0-9]+/blocks/", layers=(-1, None)))
-  return (*rows, Row("", None))
+    rows.append(optim.Row("^vision_hr/stages/[0-9]+/blocks/", layers=(-1, None)))
+  return (*rows, optim.Row("", None))
 
 
 def generation(case: Case, model) -> Iterator[Finding]:
@@ -279,16 +282,21 @@ def check_checkpoints(checkpoint: Path, reference: Path) -> Iterator[Finding]:
                                 holds=False)
 
 
-def print_table(findings: Iterable[Finding], *, only_bad: bool = False) -> bool:
-  """Prints findings as they come; whether there were any and all hold."""
-  count = bad = 0
+def print_table(findings: Iterable[Finding], *, only_bad: bool = False,
+                stages: Iterable[str] = ()) -> bool:
+  """Prints findings as they come, and which of `stages` had none; whether there were any and all
+  hold."""
+  count, bad, untold = 0, 0, list(stages)
   worst = 0.0
   print(f"{'stage':14} {'absolute':>9} {'relative':>9}  {'limit':16} verdict  what")
   for f in findings:
     count, bad, worst = count + 1, bad + (not f.holds), max(worst, f.absolute)
+    untold = [stage for stage in untold if stage != f.stage]
     if not (only_bad and f.holds):
       print(f"{f.stage:14} {f.absolute:9.1e} {f.relative:9.1e}  {f.limit:16} "
             f"{'ok' if f.holds else 'DIFFERS':8} {f.what}", flush=True)
+  for stage in untold:
+    print(f"{stage:14} the case has nothing to compare")
   print(f"{count} compared, {bad} differ" + (f"; largest difference {worst:.1e}" if bad else ""))
   return count > 0 and not bad
 
@@ -309,7 +317,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.error("--case goes alone")
   with tool() as outcome:
     if args.case:
-      holds = print_table(check_case(args.case))
+      try:
+        holds = print_table(check_case(args.case), stages=STAGES)
+      except KeyError as e:
+        raise ConversionError(f"{args.case}: {e} is missing; it is no golden case") from e
     else:
       holds = print_table(check_checkpoints(args.checkpoint, args.reference), only_bad=True)
     outcome.code = 0 if holds else 1

@@ -1,13 +1,13 @@
 """config.json of the original <-> `ModelConfig`, families as data (R1.10, R2.4)."""
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.families import Json, family_of, family_of_decoder
 from conversion.tensors import ConversionError, Header
 from mgjax.config import (
     ClipVitConfig,
@@ -18,70 +18,29 @@ from mgjax.config import (
     RopeScaling,
 )
 
-Json = dict[str, Any]
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A kind of language model: its names, and what config.json leaves unsaid.
-
-  kind: as in the class names LlamaForCausalLM, MGMLlamaForCausalLM.
-  template: of chats, where the tokenizer does not tell more (see `guess_template`).
-  fixed: fields of DecoderConfig that no field of config.json says.
-  defaults: fields of config.json that its class does not always write.
-  activation: which of `ACTIVATIONS` a config.json means.
-  """
-
-  kind: str
-  template: str
-  fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  activation: Callable[[Json], str] = lambda config: config.get("hidden_act", "silu")
-
-  @property
-  def plain(self) -> str:
-    """model_type of the language model alone."""
-    return self.kind.lower()
-
-  @property
-  def model_type(self) -> str:
-    """model_type of the original with this language model."""
-    return "mgm" if self.kind == "Llama" else f"mgm_{self.plain}"
-
-  @property
-  def model_types(self) -> tuple[str, ...]:
-    """Every model_type that means this family; the first releases said mini_gemini (R2.6)."""
-    return self.plain, self.model_type, self.model_type.replace("mgm", "mini_gemini")
-
-
-def _gemma_activation(config: Json) -> str:
-  """transformers before 4.39 used `hidden_act`; later `hidden_activation`, or tanh without it."""
-  version = tuple(int(n) for n in re.findall(r"\d+", str(config.get("transformers_version")))[:2])
-  if version < (4, 39) if version else "hidden_activation" not in config:
-    return config.get("hidden_act") or "gelu"
-  return config.get("hidden_activation") or "gelu_pytorch_tanh"
-
-
-FAMILIES = (
-    Family("Llama", "vicuna_v1"),
-    Family("Gemma", "gemma", dict(norm_offset=1.0, scale_inputs=True),
-           dict(tie_word_embeddings=True, head_dim=256), _gemma_activation),
-    Family("Mistral", "mistral_instruct", {}, dict(sliding_window=4096, num_key_value_heads=8)),
-    Family("Mixtral", "mistral_instruct", {},
-           dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6,
-                num_key_value_heads=8)),
-)
-
-# DecoderConfig <-> config.json; None: the class must have written it.
-_FIELDS = {
-    "vocab_size": ("vocab_size", None), "width": ("hidden_size", None),
-    "depth": ("num_hidden_layers", None), "heads": ("num_attention_heads", None),
-    "mlp_width": ("intermediate_size", None), "norm_eps": ("rms_norm_eps", None),
-    "kv_heads": ("num_key_value_heads", "heads"), "head_dim": ("head_dim", "width // heads"),
-    "tied_head": ("tie_word_embeddings", False), "sliding_window": ("sliding_window", None),
-    "experts": ("num_local_experts", 0), "experts_per_token": ("num_experts_per_tok", 2),
-}
+# DecoderConfig <-> config.json: those that must be there, and those that need not.
+_NEEDED = {"vocab_size": "vocab_size", "width": "hidden_size", "depth": "num_hidden_layers",
+           "heads": "num_attention_heads", "mlp_width": "intermediate_size",
+           "norm_eps": "rms_norm_eps"}
+_OPTIONAL = {"kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+             "tied_head": "tie_word_embeddings"}
+_OF_FAMILY = {  # fields that only some classes read
+    "Mistral": {"sliding_window": "sliding_window"},
+    "Mixtral": {"sliding_window": "sliding_window", "experts": "num_local_experts",
+                "experts_per_token": "num_experts_per_tok"}}
+_NUMBER = (int, float)
+_TYPES = {
+    **dict.fromkeys((*_NEEDED.values(), *_OPTIONAL.values(), "sliding_window", "num_local_experts",
+                     "num_experts_per_tok", "image_grid", "image_size_aux", "mm_hidden_size",
+                     "mm_hidden_size_aux", "mm_vision_select_layer", "tokenizer_model_max_length",
+                     "max_position_embeddings"), int),
+    "rms_norm_eps": _NUMBER, "rope_theta": _NUMBER, "tie_word_embeddings": bool,
+    **dict.fromkeys(("hidden_act", "hidden_activation", "mm_vision_tower", "mm_vision_tower_aux",
+                     "mm_projector_type", "image_aspect_ratio"), str),
+    "rope_scaling": dict, "rope_parameters": dict}
 # What else would change the result, and the only value that is supported.
 _REFUSED = {"attention_bias": False, "mlp_bias": False, "quantization_config": None,
             "partial_rotary_factor": 1.0, "mm_use_im_start_end": False}
@@ -103,21 +62,15 @@ def read_json(path: Path) -> Json:
   return values
 
 
-def family_of(config: Json, where: str) -> Family:
-  """The family that `model_type` names.  Raises ConversionError."""
-  name = config.get("model_type")
-  for family in FAMILIES:
-    if name in family.model_types:
-      return family
-  known = ", ".join(t for f in FAMILIES for t in f.model_types)
-  raise ConversionError(f"{where}: model_type is {name!r}; expected one of {known}")
-
-
-def family_of_decoder(decoder: DecoderConfig) -> Family:
-  """The family whose model a decoder is, for one that never had a config.json."""
-  kind = ("Mixtral" if decoder.experts else "Gemma" if decoder.norm_offset else
-          "Mistral" if decoder.sliding_window else "Llama")
-  return next(f for f in FAMILIES if f.kind == kind)
+def check_types(config: Json, where: str) -> None:
+  """Raises ConversionError for a field of another type than it has to be."""
+  for key, kind in _TYPES.items():
+    value = config.get(key)
+    wrong = value is not None and (not isinstance(value, kind)
+                                   or isinstance(value, bool) and kind is not bool)
+    if wrong:
+      name = "number" if kind is _NUMBER else kind.__name__
+      raise ConversionError(f"{where}: {key} is {value!r}; expected {name}")
 
 
 def is_multimodal(config: Json) -> bool:
@@ -127,57 +80,46 @@ def is_multimodal(config: Json) -> bool:
 
 def read_decoder(config: Json, where: str) -> DecoderConfig:
   """The language model of a config.json.  Raises ConversionError naming the field."""
+  check_types(config, where)
   family = family_of(config, where)
   for key, only in _REFUSED.items():
     if config.get(key) not in (only, None):
       raise ConversionError(f"{where}: {key} is {config[key]!r}; only {only!r} is supported")
-  config = {**family.defaults, **config}
-  values: Json = {}
-  for field, (key, default) in _FIELDS.items():
-    value = config.get(key)
-    if value is None and isinstance(default, str):  # follows from the fields before it
-      value = values["heads"] if default == "heads" else values["width"] // values["heads"]
-    elif value is None and (default is not None or key in ("sliding_window",)):
-      value = default
-    elif value is None:
-      raise ConversionError(f"{where}: {key} is missing; it is needed to build the model")
-    if not isinstance(value, (int, float, type(None))):
-      raise ConversionError(f"{where}: {key} is {value!r}; expected a number")
-    if field == "heads" and value < 1:
-      raise ConversionError(f"{where}: {key} is {value!r}; expected at least 1")
-    values[field] = value
-  if family.kind != "Mixtral":
-    values["experts"] = 0
-  if config.get("use_sliding_window") is False:
-    values["sliding_window"] = None
   activation = family.activation(config)
-  if activation not in ACTIVATIONS:
+  if activation not in HF_ACTIVATIONS:
     raise ConversionError(f"{where}: activation {activation!r}; expected one of "
-                          f"{', '.join(ACTIVATIONS)}")
+                          f"{', '.join(HF_ACTIVATIONS)}")
+  config = {**family.defaults, **config}
+  values = {field: _needed(config, key, where) for field, key in _NEEDED.items()}
+  values["kv_heads"] = values["heads"]
+  if values["heads"] < 1:
+    raise ConversionError(f"{where}: num_attention_heads is {values['heads']}; expected 1 or more")
+  values["head_dim"] = values["width"] // values["heads"]
+  values |= {field: config[key] for field, key in _OPTIONAL.items() if config.get(key) is not None}
+  values |= {field: config.get(key) for field, key in _OF_FAMILY.get(family.kind, {}).items()}
   rope = config.get("rope_parameters") or {}  # transformers 5 gathers them there
-  values |= dict(family.fixed, activation=ACTIVATIONS[activation],
-                 rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                 rope_scaling=_rope_scaling(rope or config.get("rope_scaling"), where),
-                 norm_eps=float(values["norm_eps"]), tied_head=bool(values["tied_head"]))
+  theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+  if not isinstance(theta, _NUMBER):
+    raise ConversionError(f"{where}: rope_theta is {theta!r}; expected number")
   try:
-    return DecoderConfig(**values)
-  except (ConfigError, TypeError) as e:
+    return DecoderConfig(**values | dict(family.fixed), rope_theta=float(theta),
+                         rope_scaling=_rope_scaling(rope or config.get("rope_scaling") or {}),
+                         activation=HF_ACTIVATIONS[activation])
+  except ConfigError as e:
     raise ConversionError(f"{where}: {e}") from e
 
 
-def _rope_scaling(values: Json | None, where: str) -> RopeScaling | None:
-  kind = (values or {}).get("rope_type") or (values or {}).get("type") or "default"
-  if kind == "default":
-    return None
-  try:
-    if kind == "linear":
-      return RopeScaling(float(values["factor"]))
-    if kind == "llama3":
-      return RopeScaling(*(float(values[k]) for k in (
-          "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")))
-  except KeyError as e:
-    raise ConversionError(f"{where}: rope_scaling of type {kind} without {e}") from e
-  raise ConversionError(f"{where}: rope_scaling of type {kind!r}; supported are linear and llama3")
+def _rope_scaling(values: Json) -> RopeScaling | None:
+  kind = values.get("rope_type") or values.get("type") or "default"
+  keys = {"default": (), "linear": ("factor",),
+          "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings")}
+  if kind not in keys:
+    raise ConfigError(f"rope_scaling of type {kind!r}; supported are linear and llama3")
+  for key in keys[kind]:
+    if not isinstance(values.get(key), _NUMBER):
+      raise ConfigError(f"rope_scaling: {key} is {values.get(key)!r}; expected number")
+  return RopeScaling(*(float(values[key]) for key in keys[kind])) if keys[kind] else None
 
 
 def read_model(config: Json, headers: Mapping[str, Header], where: str,
@@ -192,6 +134,8 @@ def read_model(config: Json, headers: Mapping[str, Header], where: str,
   """
   decoder = read_decoder(config, where)
   if not is_multimodal(config):
+    if config["model_type"] != family_of(config, where).plain:
+      _needed(config, "mm_vision_tower", where)
     return ModelConfig(vision=None, vision_hr=None, decoder=decoder)
   for key, only in {"mm_vision_select_feature": "patch", "mm_use_im_patch_token": False}.items():
     if config.get(key, only) != only:
@@ -288,6 +232,8 @@ def read_convnext(headers: Mapping[str, Header], where: str, name: str = "") -> 
   shape = _shape_of(headers, CONVNEXT, where)
   stages = _count(headers, re.escape(CONVNEXT) + r"vision_stages\.(\d+)\.")
   blocks = lambda s: _count(headers, re.escape(CONVNEXT) + rf"vision_stages\.{s}\.blocks\.(\d+)\.")
+  if not stages:
+    shape("vision_stages.0.blocks.0.gamma", 1)  # says that it is missing
   widths = tuple(shape(f"vision_stages.{s}.blocks.0.gamma", 1)[0] for s in range(stages))
   return ConvNextConfig(tuple(blocks(s) for s in range(stages)), widths,
                         1e-5 if "xxlarge" in name.lower() else 1e-6)
@@ -312,12 +258,12 @@ def _count(headers, pattern) -> int:
 
 
 def write_config(model: ModelConfig, base: Json | None, *, aspect: str, max_length: int,
-                 dtype: str) -> Json:
+                 dtype: str | None) -> Json:
   """A config.json that the original's loader takes.
 
   base: the one that the model came with, kept where it says the same; None writes a new one.
+  dtype: of the numbers, None if they are as `base` says.
   """
-  base = dict(base or {})
   kept = bool(base)
   if not kept:
     family = family_of_decoder(model.decoder)
@@ -328,27 +274,39 @@ def write_config(model: ModelConfig, base: Json | None, *, aspect: str, max_leng
   out = dict(base)
   if not kept or read_decoder(base, "config.json") != model.decoder:
     out |= _decoder_fields(model.decoder, base)
-  if model.vision is not None:
-    if not is_multimodal(base):
-      out |= {"model_type": family.model_type, "architectures": [f"MGM{family.kind}ForCausalLM"],
-              "mm_vision_tower": TOWERS[0], **_COMMON,
-              # Where newer versions write these, the original's would not look.
-              "rope_theta": model.decoder.rope_theta, "torch_dtype": dtype}
-    said = {**_UNSAID, **base} if is_multimodal(base) else {}
-    out |= {k: v for k, v in _vision_fields(model).items() if said.get(k) != v}
-    if model.vision_hr is not None and not out.get("mm_vision_tower_aux"):
-      out["mm_vision_tower_aux"] = TOWERS[1]
-    if not is_multimodal(base) or read_aspect(base) != aspect:
-      out["image_aspect_ratio"] = aspect
-    if not is_multimodal(base) or base.get("tokenizer_model_max_length", max_length) != max_length:
-      out["tokenizer_model_max_length"] = max_length
   for key in ("torch_dtype", "dtype"):
-    if out.get(key) is not None:
+    if dtype is not None and out.get(key) is not None:
       out[key] = dtype
+  if model.vision is None:
+    return out
+  if not is_multimodal(base):
+    out |= {"model_type": family.model_type, "architectures": [f"MGM{family.kind}ForCausalLM"],
+            "mm_vision_tower": TOWERS[0], **_COMMON,
+            # Where newer versions write these, the original's would not look.
+            "rope_theta": model.decoder.rope_theta,
+            "torch_dtype": dtype or base.get("torch_dtype") or base.get("dtype")}
+    said: Json = {}
+  else:
+    said = {**_UNSAID, **base}
+    said["image_global"] = bool(said["image_global"]) and model.grid > 1
+  fields = _vision_fields(model)
+  out |= {k: v for k, v in fields.items() if said.get(k) != v and (k in base or k not in _IMPLIED
+                                                                   or not is_multimodal(base))}
+  if model.vision_hr is not None:
+    out["mm_vision_tower_aux"] = out.get("mm_vision_tower_aux") or TOWERS[1]
+  elif out.get("mm_vision_tower_aux"):  # trained without the tower that it came with
+    out["mm_vision_tower_aux"] = None
+    out.pop("mm_hidden_size_aux", None)
+  if not is_multimodal(base) or read_aspect(base) != aspect:
+    out["image_aspect_ratio"] = aspect
+  if not is_multimodal(base) or base.get("tokenizer_model_max_length", max_length) != max_length:
+    out["tokenizer_model_max_length"] = max_length
   return out
 
 
-_UNSAID = {"image_grid": 1, "image_global": False}  # what a config.json without them means
+# What a config.json without them means, and what its towers tell without it.
+_UNSAID = {"image_grid": 1, "image_global": False, "mm_projector_type": "linear"}
+_IMPLIED = ("mm_hidden_size", "mm_hidden_size_aux")
 _COMMON = {"use_mm_proj": True, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
            "mm_use_im_patch_token": False, "image_grid_pinpoints": None, "mm_projector_lr": None,
            "tokenizer_padding_side": "right", "tune_mm_mlp_adapter": False,
@@ -357,9 +315,9 @@ _COMMON = {"use_mm_proj": True, "mm_vision_select_feature": "patch", "mm_use_im_
 
 
 def _decoder_fields(decoder: DecoderConfig, base: Json) -> Json:
-  out = {key: getattr(decoder, field) for field, (key, _) in _FIELDS.items()
-         if key not in ("num_local_experts", "num_experts_per_tok") or decoder.experts}
-  out["hidden_act"] = next(k for k, v in ACTIVATIONS.items() if v == decoder.activation)
+  of_family = _OF_FAMILY.get(family_of_decoder(decoder).kind, {})
+  out = {key: getattr(decoder, field) for field, key in (_NEEDED | _OPTIONAL | of_family).items()}
+  out["hidden_act"] = next(k for k, v in HF_ACTIVATIONS.items() if v == decoder.activation)
   if decoder.norm_offset:  # Gemma: which of the two fields counts depends on the version
     out["hidden_activation"] = out["hidden_act"]
   scaling = decoder.rope_scaling
@@ -381,14 +339,7 @@ def _vision_fields(model: ModelConfig) -> Json:
                                f"mlp{model.projector_depth}x_gelu"),
          "image_grid": model.grid, "image_global": model.global_view}
   if model.vision_hr is not None:
-    out |= {"mm_hidden_size_aux": model.vision_hr.features, "image_size_aux": model.hr_size}
+    out["mm_hidden_size_aux"] = model.vision_hr.features
+  if model.vision_hr is not None or model.hr_size != model.lr_size:
+    out["image_size_aux"] = model.hr_size
   return out
-
-
-def guess_template(family: Family, has_token: Callable[[str], bool]) -> str:
-  """The conversation template of a release: config.json does not say it, its tokenizer tells."""
-  if family.kind == "Llama" and has_token("<|eot_id|>"):
-    return "llama_3"
-  if family.kind == "Llama" and has_token("<|im_end|>"):
-    return "chatml_direct"
-  return family.template

@@ -19,44 +19,37 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 
 from conversion import mapping
 from conversion.config import (
-    CLIP,
-    Json,
-    family_of,
-    guess_template,
-    is_multimodal,
-    read_aspect,
-    read_clip,
-    read_json,
-    read_model,
+  CLIP,
+  CONVNEXT,
+  check_types,
+  is_multimodal,
+  read_aspect,
+  read_clip,
+  read_json,
+  read_model,
+  write_config,
 )
+from conversion.families import Json, family_of, guess_template
 from conversion.sources import adapter_tensors, find_towers, read_towers
-from conversion.store import Array, Writer
+from conversion.store import Array, Writer, parameter_shapes
 from conversion.tensors import (
-    FLOATS,
-    ConversionError,
-    SafetensorsWriter,
-    Tensors,
-    first_nonfinite,
-    open_tensors,
+  FLOATS,
+  ConversionError,
+  SafetensorsWriter,
+  Tensors,
+  first_nonfinite,
+  open_tensors,
 )
 from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
-from mgjax import trees
-from mgjax.checkpoint import ORIGIN, TOKENIZER, abstract_params, write_run
+from mgjax.checkpoint import ORIGIN, SETTINGS, TOKENIZER, write_run
 from mgjax.config import ModelConfig
 from mgjax.data.conversation import get_template
-from mgjax.data.tokenizer import Tokenizer, load_tokenizer
-from mgjax.models.mini_gemini import MiniGemini
-from mgjax.sharding import make_mesh, mesh_context
+from mgjax.data.tokenizer import has_tokenizer, load_tokenizer
 from mgjax.train.config import run_config
-
-# Settings that a folder may bring along and that its way back needs.
-SETTINGS = ("config.json", "generation_config.json", "preprocessor_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,58 +66,80 @@ class Source:
 
 def published(checkpoint: Path, towers: Path | None) -> Source:
   """A checkpoint of the original, or a language model alone."""
+  where = str(checkpoint / "config.json")
   config = read_json(checkpoint / "config.json")
-  where = str(checkpoint)
+  check_types(config, where)
   tensors, clip = open_tensors(checkpoint), None
-  if is_multimodal(config):
-    names = [config["mm_vision_tower"], config.get("mm_vision_tower_aux")]
+  if not is_multimodal(config):
     if towers is not None:
-      clip_folder, openclip_folder = find_towers(towers, names)
-      clip = clip_folder and read_json(clip_folder / "config.json")
-      tensors = tensors.over(read_towers(clip_folder, openclip_folder if names[1] else None))
-    elif not any(name.startswith(CLIP) for name in tensors.headers):
-      raise ConversionError(f"{where}: the towers are not in it; name the folder that holds "
-                            f"{' and '.join(str(n) for n in names if n)} with --towers")
+      raise ConversionError(f"{where}: no mm_vision_tower in it, so --towers has no use; to put a "
+                            "language model and towers together use --llm, --clip and --openclip")
+  elif towers is not None:
+    names = [config["mm_vision_tower"], config.get("mm_vision_tower_aux")]
+    clip_folder, openclip_folder = find_towers(towers, names)
+    clip = clip_folder and read_json(clip_folder / "config.json")
+    tensors = tensors.over(read_towers(clip_folder, openclip_folder))
+  else:
+    for prefix, key in ((CLIP, "mm_vision_tower"), (CONVNEXT, "mm_vision_tower_aux")):
+      if config.get(key) and not any(name.startswith(prefix) for name in tensors.headers):
+        raise ConversionError(f"{checkpoint}: the towers are not in it; name the folder that holds "
+                              f"{config[key]} with --towers")
   model = read_model(config, tensors.headers, where, clip)
-  return Source(where, tensors, config, model, checkpoint)
+  side = model.vision and model.vision.side * model.grid
+  if towers is not None and model.vision_hr and model.hr_size != 32 * side:
+    raise ConversionError(
+        f"{where}: image_size_aux {model.hr_size} and a CLIP of {side} patches a side "
+        f"(embeddings.position_embedding.weight) do not make windows of 8x8; {towers} holds "
+        "another CLIP")
+  return Source(str(checkpoint), tensors, config, model, checkpoint)
+
+
+# What stage 1 says of the pictures that it has learnt from.
+_VIEWS = ("mm_vision_tower", "mm_vision_tower_aux", "mm_vision_select_layer", "image_size_aux",
+          "image_grid", "image_global", "tokenizer_model_max_length")
 
 
 def assembled(llm: Path, clip: Path | None, openclip: Path | None, adapter: Path | None) -> Source:
   """The start of a stage from a language model, towers, and perhaps what stage 1 left."""
+  where = str(llm / "config.json")
   config = read_json(llm / "config.json")
   if is_multimodal(config):
     raise ConversionError(f"{llm}: this is a whole checkpoint of the original; convert it with "
                           "--checkpoint")
   tensors = open_tensors(llm)
   if clip is None and openclip is None and adapter is None:
-    return Source(str(llm), tensors, config, read_model(config, tensors.headers, str(llm)), llm)
-  extra = read_towers(clip, openclip)
-  there: Json = {}
+    return Source(str(llm), tensors, config, read_model(config, tensors.headers, where), llm)
+  extra, learnt = read_towers(clip, openclip), {}
   if adapter is not None:
     # What stage 1 saved of the towers is what it looked through (R2.5).
-    learnt, there = adapter_tensors(adapter)
-    extra = learnt.over(extra)
+    saved, learnt = adapter_tensors(adapter)
+    extra = saved.over(extra)
   has = lambda prefix: any(name.startswith(prefix) for name in extra.headers)
   if not has(CLIP):
     raise ConversionError(f"{llm}: towers without a CLIP; give its folder with --clip")
-  hr = has("model.vision_tower_aux.")
   depth = sum(n.startswith("model.mm_projector") and n.endswith("weight") for n in extra.headers)
-  views = {"mm_vision_tower": str(clip or there.get("mm_vision_tower") or "clip"),
-           "mm_vision_tower_aux": hr and str(openclip or there.get("mm_vision_tower_aux")
-                                             or "openclip") or None,
-           "mm_vision_select_layer": there.get("mm_vision_select_layer", -2),
-           "mm_projector_type": "linear" if depth == 1 else f"mlp{depth or 2}x_gelu"}
-  if hr:  # windows of 8x8, as in every release: 336 / 768
-    side = read_clip(extra.headers, str(clip or adapter)).side
-    views["image_size_aux"] = there.get("image_size_aux") or 32 * side
-  config = config | {"model_type": family_of(config, str(llm)).model_type} | views
+  views = {key: learnt[key] for key in _VIEWS if learnt.get(key) is not None}
+  views |= {"mm_vision_tower": str(clip)} if clip else {}
+  views |= {"mm_vision_tower_aux": str(openclip)} if openclip else {}
+  views.setdefault("mm_vision_tower", "clip")
+  views.setdefault("mm_vision_select_layer", -2)
+  views["mm_projector_type"] = "linear" if depth == 1 else f"mlp{depth or 2}x_gelu"
+  if has(CONVNEXT):
+    views.setdefault("mm_vision_tower_aux", "openclip")
+    # Windows of 8x8, as in every release: 336 / 768.
+    views.setdefault("image_size_aux", 32 * read_clip(extra.headers, str(clip or adapter)).side)
   tensors = extra.over(tensors)
   clip_config = read_json(clip / "config.json") if clip else None
-  model = read_model(config, tensors.headers, str(llm), clip_config)
-  print(f"pictures: {model.lr_size} / {model.hr_size} pixels, {model.visual_tokens} tokens")
+  model = read_model(config | {"model_type": family_of(config, where).model_type} | views,
+                     tensors.headers, where, clip_config)
   if model.vision.width == 1024 and model.vision.image_size != 336:
-    print(f"warning: {clip or adapter}: this CLIP sees {model.vision.image_size} pixels; the "
-          "presets have clip-vit-large-patch14-336", file=sys.stderr)
+    raise ConversionError(
+        f"{clip or adapter}: this CLIP sees {model.vision.image_size} pixels "
+        "(embeddings.position_embedding.weight); expected clip-vit-large-patch14-336")
+  print(f"pictures: {model.lr_size} / {model.hr_size} pixels, {model.visual_tokens} tokens, "
+        f"ConvNeXt widths {model.vision_hr and model.vision_hr.widths}")
+  config = write_config(model, config, aspect="pad", dtype=None,
+                        max_length=views.get("tokenizer_model_max_length", 2048)) | views
   return Source(str(llm), tensors, config, model, llm, complete=adapter is not None)
 
 
@@ -138,18 +153,20 @@ def convert(source: Source, output: Path, *, template: str | None = None,
   rows = mapping.all_rows(model)
   if not source.complete:
     rows = [r for r in rows if not r.path.startswith(("projector/", "mining/"))]
-  tensors, dropped = without_copies(source.tensors, model)
+  tensors, copied = without_copy(source.tensors, model)
   covered = {r.path for r in rows}
   shapes = {k: v for k, v in parameter_shapes(model).items() if k in covered}
-  mapping.check(tensors.headers, rows, shapes, source.where)
+  mapping.check_fit(tensors.headers, rows, shapes, source.where)
   arrays = array_plan(tensors, rows, shapes)
   needs_space(output, sum(a.nbytes for a in arrays.values()))
+  if tokenizer_dir is not None and not has_tokenizer(tokenizer_dir):
+    raise ConversionError(f"{tokenizer_dir}: neither tokenizer.json nor tokenizer.model is in it")
   tokenizer_dir = tokenizer_dir or source.folder
   settings = chat_settings(source, model, tokenizer_dir, template)
   config = run_config({"model": dataclasses.asdict(model), **settings})
 
   with finished_folder(output) as part:
-    write_origin(part / ORIGIN, source, tensors, rows, arrays, dropped)
+    write_origin(part / ORIGIN, source, tensors, rows, arrays, copied)
     write_run(part, dataclasses.asdict(config), settings["tokenizer"])
     writer = Writer(part, arrays)
 
@@ -169,23 +186,15 @@ def read_finite(tensors: Tensors, name: str) -> np.ndarray:
   return value
 
 
-def without_copies(tensors: Tensors, model: ModelConfig) -> tuple[Tensors, list[str]]:
-  """Without a head that is only a copy of the embedding table, and the names left out."""
-  head, table = "lm_head.weight", "model.embed_tokens.weight"
+def without_copy(tensors: Tensors, model: ModelConfig) -> tuple[Tensors, bool]:
+  """Without a head that is only a copy of the embedding table, and whether there was one."""
+  head, table = mapping.HEAD, mapping.TABLE
   if not model.decoder.tied_head or head not in tensors.headers or table not in tensors.headers:
-    return tensors, []
+    return tensors, False
   if not np.array_equal(tensors.read(head), tensors.read(table)):
     raise ConversionError(f"{tensors.headers[head].file}: {head} differs from {table}, but "
                           "config.json says that they are one (tie_word_embeddings)")
-  return tensors.renamed(lambda n: None if n == head else n), [head]
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Path -> shape of every parameter of a model."""
-  mesh = make_mesh(devices=jax.devices()[:1])
-  with mesh_context(mesh):
-    _, shapes = abstract_params(lambda: MiniGemini(model, rngs=nnx.Rngs(0)), mesh)
-  return {k: v.shape for k, v in trees.flatten(shapes).items()}
+  return tensors.renamed(lambda n: None if n == head else n), True
 
 
 def array_plan(tensors: Tensors, rows: list[mapping.Row],
@@ -208,12 +217,15 @@ def chat_settings(source: Source, model: ModelConfig, tokenizer_dir: Path,
                   template: str | None) -> Json:
   """What travels beside the weights: template, stop ids, how pictures are made square, length."""
   family = family_of(source.config, source.where)
-  tokenizer = find_tokenizer(tokenizer_dir)
+  tokenizer = load_tokenizer(tokenizer_dir) if has_tokenizer(tokenizer_dir) else None
+  if tokenizer is None:
+    print(f"warning: {tokenizer_dir} holds no tokenizer; chat needs one: give --tokenizer, or put "
+          f"tokenizer.json or tokenizer.model into OUTPUT/{TOKENIZER}", file=sys.stderr)
   if tokenizer is not None and tokenizer.vocab_size > model.decoder.vocab_size:
     print(f"warning: {tokenizer_dir}: its tokenizer has {tokenizer.vocab_size} entries, the model "
           f"{model.decoder.vocab_size}; they belong to different models", file=sys.stderr)
-  has = lambda token: tokenizer is not None and tokenizer.backend.token_id(token) is not None
-  name = get_template(template or guess_template(family, has)).name
+  name = get_template(template or guess_template(
+      family, model.decoder.vocab_size, tokenizer and tokenizer.has)).name
   config, stops = source.config, set()
   for values in (config, optional_json(source.folder / "generation_config.json")):
     eos = values.get("eos_token_id")
@@ -227,30 +239,24 @@ def chat_settings(source: Source, model: ModelConfig, tokenizer_dir: Path,
                    "max_length": config.get("tokenizer_model_max_length") or longest}}
 
 
-def find_tokenizer(folder: Path) -> Tokenizer | None:
-  """The tokenizer in a folder; None, with a warning, if there is none."""
-  if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-    return load_tokenizer(folder)
-  print(f"warning: {folder} holds no tokenizer; chat needs one: give --tokenizer, or put "
-        f"tokenizer.json or tokenizer.model into OUTPUT/{TOKENIZER}", file=sys.stderr)
-  return None
-
-
 def optional_json(path: Path) -> Json:
   """A JSON file, {} if it is not there."""
   return read_json(path) if path.is_file() else {}
 
 
 def write_origin(folder: Path, source: Source, tensors: Tensors, rows: list[mapping.Row],
-                 arrays: Mapping[str, Array], dropped: list[str]) -> None:
+                 arrays: Mapping[str, Array], copied: bool) -> None:
   """What the way back needs beside the arrays: settings, dtypes that a stack hides, buffers."""
   folder.mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps(source.config, indent=2) + "\n")
   for name in SETTINGS:
     if (source.folder / name).is_file():
       (folder / name).write_bytes((source.folder / name).read_bytes())
   dtypes = {r.hf: tensors.headers[r.hf].dtype.name for r in rows
             if tensors.headers[r.hf].dtype != arrays[r.path].dtype}
-  (folder / "tensors.json").write_text(json.dumps({"dtypes": dtypes, "copies": dropped}) + "\n")
+  notes = {"dtypes": dtypes, "copied_head": copied,
+           "dtype": tensors.headers[mapping.TABLE].dtype.name}
+  (folder / "tensors.json").write_text(json.dumps(notes) + "\n")
   buffers = sorted(n for n in tensors.headers if mapping.IGNORED.search(n))
   if buffers:
     headers = {n: (tensors.headers[n].shape, tensors.headers[n].dtype) for n in buffers}

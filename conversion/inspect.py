@@ -17,14 +17,14 @@ from conversion import mapping
 from conversion.config import (
     CLIP,
     CONVNEXT,
-    family_of,
-    guess_template,
     is_multimodal,
     read_clip,
     read_convnext,
+    read_decoder,
     read_json,
     read_model,
 )
+from conversion.families import family_of, guess_template
 from conversion.sources import (
     ADAPTER,
     adapter_tensors,
@@ -37,8 +37,8 @@ from conversion.tensors import ConversionError, Header, Tensors, open_tensors
 from conversion.to_hf import open_checkpoint
 from conversion.transfer import tool
 from mgjax.checkpoint import STEPS
-from mgjax.config import ModelConfig
-from mgjax.data.tokenizer import load_tokenizer
+from mgjax.config import ClipVitConfig, ConvNextConfig, ModelConfig
+from mgjax.data.tokenizer import has_tokenizer, load_tokenizer
 
 
 def is_run(folder: Path) -> bool:
@@ -63,12 +63,12 @@ def describe(folder: Path) -> tuple[list[tuple[str, str]], bool]:
     tensors, config = clip_tensors(folder), read_json(folder / "config.json")
     clip = read_clip(tensors.headers, str(folder), config)
     rows = mapping.clip_rows(clip)
-    return _facts("CLIP tower", tensors, _tower(clip), rows)
+    return _facts("CLIP tower", tensors, [("size", _clip(clip))], rows)
   if is_openclip(folder):
     tensors = openclip_tensors(folder)
     hr = read_convnext(tensors.headers, str(folder), folder.name)
     rows = mapping.convnext_rows(hr)
-    return _facts("OpenCLIP ConvNeXt tower", tensors, _tower(hr), rows)
+    return _facts("OpenCLIP ConvNeXt tower", tensors, [("size", _convnext(hr))], rows)
   if (folder / ADAPTER).is_file():
     tensors, _ = adapter_tensors(folder)
     return _facts("stage-1 adapter", tensors, [], None)
@@ -90,19 +90,23 @@ def _describe_model(folder: Path):
   family = family_of(config, str(folder))
   tensors = open_tensors(folder)
   what = ("checkpoint of the original" if is_multimodal(config) else "language model")
-  tokenizer = None
-  if any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
-    tokenizer = load_tokenizer(folder)
-  has = lambda token: tokenizer is not None and tokenizer.backend.token_id(token) is not None
+  tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+  vocab_size = read_decoder(config, str(folder / "config.json")).vocab_size
   lines = [("family", f"{family.kind} (model_type {config['model_type']})"),
-           ("template", guess_template(family, has)),
+           ("template", guess_template(family, vocab_size, tokenizer and tokenizer.has)),
            ("tokenizer", f"{tokenizer.vocab_size} entries" if tokenizer else "none")]
   if is_multimodal(config):
     lines += [("towers named", f"{config['mm_vision_tower']}, {config.get('mm_vision_tower_aux')}")]
-    if not any(n.startswith(CLIP) for n in tensors.headers):
+    towers = {"CLIP": CLIP} | ({"ConvNeXt": CONVNEXT} if config.get("mm_vision_tower_aux") else {})
+    lost = [tower for tower, prefix in towers.items()
+            if not any(n.startswith(prefix) for n in tensors.headers)]
+    if lost:
       facts, _ = _facts(what, tensors, lines, None)
-      return [*facts, ("missing", "both towers; convert it with --towers")], False
-  model = read_model(config, tensors.headers, str(folder))
+      return [*facts, ("missing", f"{' and '.join(lost)}; convert it with --towers")], False
+  model = read_model(config, tensors.headers, str(folder / "config.json"))
+  if model.decoder.tied_head:  # often stored again
+    lines.append(("head", "the embedding table"))
+    tensors = tensors.renamed(lambda n: None if n == mapping.HEAD else n)
   return _facts(what, tensors, lines + _model(model), mapping.all_rows(model))
 
 
@@ -114,19 +118,21 @@ def _model(model: ModelConfig) -> list[tuple[str, str]]:
             + (f", window {d.sliding_window}" if d.sliding_window else "")
             + f", vocabulary {d.vocab_size}" + (", tied head" if d.tied_head else ""))]
   if model.vision is not None:
-    lines += [("CLIP", _tower(model.vision)[0][1])]
-    lines += [("ConvNeXt", _tower(model.vision_hr)[0][1])] if model.vision_hr else []
+    lines += [("CLIP", _clip(model.vision))]
+    lines += [("ConvNeXt", _convnext(model.vision_hr))] if model.vision_hr else []
     lines += [("pictures", f"{model.lr_size} / {model.hr_size} pixels, grid {model.grid}"
                f"{' + global view' if model.global_view else ''}, {model.visual_tokens} tokens, "
                f"projector of {model.projector_depth} layers")]
   return lines
 
 
-def _tower(config) -> list[tuple[str, str]]:
-  if hasattr(config, "patch_size"):
-    return [("size", f"{config.depth} layers x {config.width}, {config.heads} heads, "
-             f"{config.image_size} pixels in patches of {config.patch_size}")]
-  return [("size", f"depths {config.depths}, widths {config.widths}")]
+def _clip(config: ClipVitConfig) -> str:
+  return (f"{config.depth} layers x {config.width}, {config.heads} heads, {config.image_size} "
+          f"pixels in patches of {config.patch_size}")
+
+
+def _convnext(config: ConvNextConfig) -> str:
+  return f"depths {config.depths}, widths {config.widths}"
 
 
 def _facts(what: str, tensors: Tensors, lines, rows) -> tuple[list[tuple[str, str]], bool]:

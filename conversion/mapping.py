@@ -19,21 +19,20 @@ class Form:
   """How a tensor's layout changes on the way in (`load`) and out (`save`), both as views where
   possible; `there` gives the shape in the original for a shape here."""
 
-  name: str
   load: Callable[[np.ndarray], np.ndarray]
   save: Callable[[np.ndarray], np.ndarray]
   there: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-SAME = Form("same", lambda x: x, lambda x: x, lambda s: s)
-LINEAR = Form("linear", lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
-DEPTHWISE = Form("depthwise", lambda x: x[:, 0].transpose(1, 2, 0),
+SAME = Form(lambda x: x, lambda x: x, lambda s: s)
+LINEAR = Form(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
+DEPTHWISE = Form(lambda x: x[:, 0].transpose(1, 2, 0),
                  lambda x: x.transpose(2, 0, 1)[:, None], lambda s: (s[2], 1, *s[:2]))
 
 
 def conv(size: int) -> Form:
   """A convolution whose stride is its size: [out, in, k, k] there, [k*k*in, out] here."""
-  return Form(f"conv{size}", lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
+  return Form(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]),
               lambda x: x.reshape(size, size, -1, x.shape[1]).transpose(3, 2, 0, 1),
               lambda s: (s[1], s[0] // size**2, size, size))
 
@@ -49,6 +48,9 @@ class Row:
   at: tuple[int, ...] = ()
 
 
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def _norm(hf, path, *at, bias=True):
   rows = [Row(f"{hf}.weight", f"{path}/scale", SAME, at)]
   return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
@@ -61,7 +63,7 @@ def _linear(hf, path, *at, bias=True, form=LINEAR):
 
 def decoder_rows(config: DecoderConfig) -> list[Row]:
   """The language model (R2.2)."""
-  rows = [Row("model.embed_tokens.weight", "decoder/embedding")]
+  rows = [Row(TABLE, "decoder/embedding")]
   for i in range(config.depth):
     hf, path = f"model.layers.{i}", "decoder/blocks"
     names = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
@@ -154,8 +156,8 @@ def all_rows(config: ModelConfig) -> list[Row]:
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 
-def check(headers: Mapping[str, Any], rows: list[Row], shapes: Mapping[str, tuple],
-          where: str) -> None:
+def check_fit(headers: Mapping[str, Any], rows: list[Row], shapes: Mapping[str, tuple],
+              where: str) -> None:
   """Raises ConversionError unless tensors, table and model fit each other exactly.
 
   Args:
@@ -197,10 +199,10 @@ def _some(names: list[str]) -> str:
   return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "") or "none"
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[str, tuple],
-            where: str = "checkpoint") -> dict[str, np.ndarray]:
-  """A small model's tensors, by name in the original, as arrays by path.  Raises as `check`."""
-  check(tensors, rows, shapes, where)
+def to_arrays(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[str, tuple],
+              where: str = "checkpoint") -> dict[str, np.ndarray]:
+  """A small model's tensors, by name in the original, as arrays by path.  Raises as `check_fit`."""
+  check_fit(tensors, rows, shapes, where)
   out = {}
   for row in rows:
     value = row.form.load(np.asarray(tensors[row.hf]))
@@ -208,6 +210,6 @@ def from_hf(tensors: Mapping[str, np.ndarray], rows: list[Row], shapes: Mapping[
   return out
 
 
-def to_hf(arrays: Mapping[str, np.ndarray], rows: list[Row]) -> dict[str, np.ndarray]:
+def to_tensors(arrays: Mapping[str, np.ndarray], rows: list[Row]) -> dict[str, np.ndarray]:
   """Arrays by path -> the original's tensors by name."""
   return {row.hf: row.form.save(np.asarray(arrays[row.path])[row.at]) for row in rows}

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from conversion.config import CLIP, CONVNEXT, Json, read_json
+from conversion.config import CLIP, CONVNEXT, read_json
+from conversion.families import Json
 from conversion.tensors import ConversionError, Tensors, open_file, open_tensors
 
 ADAPTER = "mm_projector.bin"
@@ -23,13 +24,13 @@ _OPENCLIP_REST = re.compile(
 def clip_tensors(folder: Path) -> Tensors:
   """The CLIP tower of a HuggingFace folder."""
   def rename(name: str) -> str | None:
-    if name.startswith("vision_model."):
-      return CLIP + name.removeprefix("vision_model.")
     if _CLIP_REST.match(name):
       return None
+    if name.startswith("vision_model."):
+      return CLIP + name.removeprefix("vision_model.")
     raise ConversionError(f"{folder}: {name} is no tensor of a CLIP; expected vision_model.*")
-  return open_tensors(folder).renamed(
-      lambda n: None if _CLIP_REST.match(n) else rename(n))
+
+  return open_tensors(folder).renamed(rename)
 
 
 def openclip_tensors(folder: Path) -> Tensors:
@@ -51,7 +52,7 @@ def openclip_tensors(folder: Path) -> Tensors:
 
 def read_towers(clip: Path | None, openclip: Path | None) -> Tensors:
   """Both towers, or the one that is given."""
-  towers = Tensors("towers", {}, lambda name: (_ for _ in ()).throw(KeyError(name)))
+  towers = Tensors("towers", {}, {}.__getitem__)
   for folder, read in ((clip, clip_tensors), (openclip, openclip_tensors)):
     if folder is not None:
       if not folder.is_dir():
@@ -82,7 +83,7 @@ def find_towers(root: Path, names: Sequence[str | None]) -> tuple[Path | None, P
   folders = [root, *_folders_below(root, 3)]
   found = []
   for kind, test, name in (("CLIP", is_clip, names[0]), ("OpenCLIP", is_openclip, names[1])):
-    matching = [f for f in folders if test(f)]
+    matching = [f for f in folders if name and test(f)]
     if len(matching) > 1:
       named = [f for f in matching if name and f.name == Path(name).name]
       if len(named) != 1:

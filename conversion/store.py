@@ -12,13 +12,18 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorstore as ts
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from conversion.tensors import ConversionError, contiguous
 from mgjax import trees
-from mgjax.checkpoint import STEPS, parameter_homes, resolve
+from mgjax.checkpoint import STEPS, abstract_params, parameter_homes, resolve
+from mgjax.config import ModelConfig
+from mgjax.models.mini_gemini import MiniGemini
+from mgjax.sharding import make_mesh, mesh_context
 
 CHUNK = 32 << 20  # bytes
 
@@ -39,12 +44,18 @@ class Array:
   def chunk(self) -> tuple[int, ...]:
     """One entry of the stack, cut along its first axis into pieces of at most CHUNK bytes."""
     inner = self.shape[self.stacked:]
-    if not inner:
-      return (1,) * len(self.shape)
     row = math.prod(inner[1:]) * self.dtype.itemsize
     rows = max(1, min(inner[0], CHUNK // max(row, 1)))
     pieces = -(-inner[0] // rows)
     return (1,) * self.stacked + (-(-inner[0] // pieces),) + inner[1:]
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of every parameter of a model."""
+  mesh = make_mesh(devices=jax.devices()[:1])
+  with mesh_context(mesh):
+    _, shapes = abstract_params(lambda: MiniGemini(model, rngs=nnx.Rngs(0)), mesh)
+  return {k: v.shape for k, v in trees.flatten(shapes).items()}
 
 
 class Writer:
@@ -74,13 +85,14 @@ class Writer:
   def write(self, path: str, at: tuple[int, ...], value: np.ndarray) -> None:
     """One entry of a stack (`at` = () for an array that is none), perhaps a transposed view."""
     array, store = self._arrays[path], self._stores[path]
-    rows = array.chunk[array.stacked] if value.ndim else 1
-    if not value.ndim:
-      return store[at].write(value.astype(array.dtype)).result()
+    rows = array.chunk[array.stacked]
     for start in range(0, value.shape[0], rows):
       part = slice(start, min(start + rows, value.shape[0]))
       piece = contiguous(value[part].astype(array.dtype, copy=False))
-      store[at][part].write(piece, can_reference_source_data_indefinitely=True).result()
+      try:
+        store[at][part].write(piece, can_reference_source_data_indefinitely=True).result()
+      except ValueError as e:  # what the disk says
+        raise ConversionError(f"{path} cannot be written ({_short(e)})") from e
 
 
 class Reader:
@@ -110,11 +122,15 @@ class Reader:
       return ts.open({"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False},
                      open=True, read=True).result()
     except ValueError as e:
-      raise ConversionError(f"{self.step_dir}: {home} cannot be read ({str(e)[:200]})") from e
+      raise ConversionError(f"{self.step_dir}: {home} cannot be read ({_short(e)})") from e
 
   def read(self, path: str, at: tuple[int, ...]) -> np.ndarray:
     """One entry of a stack, or a whole array with `at` = ()."""
     try:
       return np.asarray(self._stores[path][at].read().result())
     except ValueError as e:
-      raise ConversionError(f"{self.step_dir}: {path} cannot be read ({str(e)[:200]})") from e
+      raise ConversionError(f"{self.step_dir}: {path} cannot be read ({_short(e)})") from e
+
+
+def _short(e: Exception) -> str:
+  return " ".join(str(e).split())[:300]

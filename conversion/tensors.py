@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -143,21 +144,30 @@ def _open_safetensors(path: Path) -> Tensors:
     try:
       entries = json.loads(f.read(length))
       entries.pop("__metadata__", None)
-      spans = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in entries.items()}
+      spans = {}
+      for name, entry in entries.items():
+        begin, end = map(operator.index, entry["data_offsets"])
+        shape = tuple(map(operator.index, entry["shape"]))
+        spans[name] = str(entry["dtype"]), shape, begin, end
     except (ValueError, KeyError, TypeError, AttributeError) as e:
       raise ConversionError(f"{path}: not a safetensors file ({type(e).__name__}: {e})") from e
-  start, headers = 8 + length, {}
-  for name, (dtype, shape, begin, end) in spans.items():
+  start, headers, at = 8 + length, {}, 0
+  for name, (dtype, shape, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
     if dtype not in DTYPES:
       raise ConversionError(f"{path}: {name} has dtype {dtype}, expected one of "
                             f"{', '.join(DTYPES)}; convert quantised weights back first")
     headers[name] = Header(shape, DTYPES[dtype], path)
-    if end - begin != headers[name].nbytes or begin < 0:
-      raise ConversionError(f"{path}: {name} takes {end - begin} bytes, its shape {shape} of "
-                            f"{dtype} needs {headers[name].nbytes}; the file is damaged")
+    if end - begin != headers[name].nbytes or begin != at or min(shape, default=0) < 0:
+      raise ConversionError(f"{path}: {name} lies at bytes {begin} to {end}, expected {at} to "
+                            f"{at + headers[name].nbytes} for {shape} of {dtype}; the file is "
+                            "damaged")
+    at = end
     if start + end > size:
       raise ConversionError(f"{path}: cut off; {name} ends at byte {start + end}, the file has "
                             f"{size}; download it again")
+  if start + at != size:
+    raise ConversionError(f"{path}: {size - start - at} bytes behind the last tensor; the file is "
+                          "damaged")
 
   def read(name: str) -> np.ndarray:
     # Read, not mapped: mapped pages would count as memory until the file is closed.
@@ -259,7 +269,9 @@ class SafetensorsWriter:
   def write(self, name: str, value: np.ndarray) -> None:
     """One tensor of the header, perhaps a transposed view."""
     entry = self._entries[name]
-    assert [*value.shape] == entry["shape"] and _NAMES[value.dtype] == entry["dtype"], name
+    if [*value.shape] != entry["shape"] or _NAMES.get(value.dtype) != entry["dtype"]:
+      raise ConversionError(f"{self._path}: {name} became {value.dtype.name} {value.shape}; "
+                            f"expected {entry['dtype']} {entry['shape']}")
     data = memoryview(contiguous(value).reshape(-1).view(np.uint8))
     at, done = self._start + entry["data_offsets"][0], 0
     try:
@@ -270,7 +282,13 @@ class SafetensorsWriter:
                             f"{len(data) - done} bytes of it are left") from e
 
   def close(self) -> None:
-    self._file.close()
+    """Ends the file, its bytes on the disk."""
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as e:
+      raise ConversionError(f"{self._path}: cannot be written ({e.strerror})") from e
+    finally:
+      self._file.close()
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:

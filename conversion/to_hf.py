@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import sys
@@ -22,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from conversion import mapping
-from conversion.config import Json, family_of, read_json, write_config
+from conversion.config import read_json, write_config
+from conversion.families import Json, family_of
 from conversion.sources import ADAPTER
-from conversion.store import Reader
+from conversion.store import Reader, parameter_shapes
 from conversion.tensors import (
     DTYPES,
     INDEX,
@@ -37,12 +39,13 @@ from conversion.tensors import (
     plan_shards,
 )
 from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
-from mgjax.checkpoint import ORIGIN, TOKENIZER, TOKENIZER_FILES, read_run
+from mgjax.checkpoint import ORIGIN, SETTINGS, TOKENIZER, TOKENIZER_FILES, read_run
 from mgjax.config import ModelConfig, build
 from mgjax.data.tokenizer import load_tokenizer
 
-# What stage 1 saves (R2.5): parameters whose names contain one of these, so both towers in full.
-_IN_ADAPTER = ("mm_projector", "vlm_uni", "vision_tower")
+# Everything before the language model.  Stage 1 saves what has one of these in its name (R2.5), so
+# both towers in full.
+_SEEING = ("mm_projector", "vlm_uni", "vision_tower")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +72,31 @@ def open_checkpoint(path: Path, dtype: np.dtype | None = None) -> Checkpoint:
                           "whole models have a HuggingFace form")
   model = build(ModelConfig, run["model"], f"{folder}/config.json: model")
   reader = Reader(step_dir)
-  held = {path.split("/")[0] for path in reader.arrays}
-  # The start of a stage 1 has no projector and no mining yet.
-  rows = [row for row in mapping.all_rows(model) if row.path.split("/")[0] in held]
-  notes = {"dtypes": {}, "copies": []}
+  rows = _rows_of(reader, model)
+  notes = {"dtypes": {}, "copied_head": False}
   if (folder / ORIGIN / "tensors.json").is_file():
     notes = read_json(folder / ORIGIN / "tensors.json")
   tensors = _as_original(reader, rows, notes["dtypes"], dtype)
-  for name in notes["copies"]:
-    tensors = tensors.renamed(lambda n, name=name: name if n == _TABLE else None).over(tensors)
+  if notes["copied_head"]:  # of the embedding table, as the head
+    tensors = tensors.renamed(lambda n: mapping.HEAD if n == mapping.TABLE else None).over(tensors)
   if (folder / ORIGIN / "buffers.safetensors").is_file():
     tensors = tensors.over(open_file(folder / ORIGIN / "buffers.safetensors"))
   return Checkpoint(folder, model, run, tensors)
 
 
-_TABLE = "model.embed_tokens.weight"
+def _rows_of(reader: Reader, model: ModelConfig) -> list[mapping.Row]:
+  """The rows of the table whose arrays are there: all, or all but those that stage 1 makes."""
+  shapes, yet_to_come = parameter_shapes(model), ("projector", "mining")
+  part = lambda path: path.split("/")[0]
+  held = {part(path) for path in reader.arrays}
+  for path, (shape, _) in reader.arrays.items():
+    if shapes.get(path) != shape:
+      raise ConversionError(f"{reader.step_dir}: {path} has shape {shape}, its config.json wants "
+                            f"{shapes.get(path, 'none')}; they belong to different models")
+  if missing := [p for p in shapes if p not in reader.arrays
+                 and (part(p) in held or part(p) not in yet_to_come)]:
+    raise ConversionError(f"{reader.step_dir}: {missing[0]} is not in it ({len(missing)} such)")
+  return [row for row in mapping.all_rows(model) if part(row.path) in held]
 
 
 def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, str],
@@ -91,8 +104,6 @@ def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, s
   """narrow: dtypes of tensors whose stack is float32 because its tensors were of several dtypes."""
   headers, by_name, where = {}, {row.hf: row for row in rows}, str(reader.step_dir)
   for row in rows:
-    if row.path not in reader.arrays:
-      raise ConversionError(f"{where}: {row.path} is not in it; it is needed for {row.hf}")
     shape, saved = reader.arrays[row.path]
     if dtype is None and saved == np.float32 and row.hf in narrow:
       saved = np.dtype(narrow[row.hf])
@@ -102,8 +113,8 @@ def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, s
     row = by_name[name]
     value = row.form.save(reader.read(row.path, row.at))
     written = value.astype(headers[name].dtype, copy=False)
-    exact = written is value or np.array_equal(written.astype(value.dtype), value)
-    if dtype is None and not exact:
+    if dtype is None and written is not value and not np.array_equal(
+        written.astype(value.dtype), value):
       raise ConversionError(f"{where}: {name} was {written.dtype.name} and has been trained since; "
                             "name the type to write with --dtype")
     return written
@@ -114,14 +125,15 @@ def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, s
 def export(source: Checkpoint, output: Path, shard_bytes: int) -> None:
   """Writes the whole model to `output`, or nothing.  Raises ConversionError."""
   headers = source.tensors.headers
-  if source.model.vision is not None and not any("mm_projector" in n for n in headers):
+  if any(row.hf not in headers for row in mapping.all_rows(source.model)):
     raise ConversionError(f"{source.folder}: it has no projector yet, it is the start of stage 1; "
                           "train that first")
   needs_space(output, source.tensors.nbytes)
   # The original's loader takes the whole CLIP from the files that hold mining and ConvNeXt (R2.3),
   # so everything that sees lies in one file of its own.
-  seeing = [n for n in headers if any(part in n for part in _IN_ADAPTER)]
-  speaking = {n: h.nbytes for n, h in headers.items() if n not in set(seeing)}
+  sees = lambda name: any(part in name for part in _SEEING)
+  seeing = [n for n in headers if sees(n)]
+  speaking = {n: h.nbytes for n, h in headers.items() if not sees(n)}
   shards = list(plan_shards(speaking, shard_bytes)) + ([seeing] if seeing else [])
   files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
   with finished_folder(output) as part, contextlib.ExitStack() as stack:
@@ -147,7 +159,7 @@ def export_adapter(source: Checkpoint, output: Path) -> None:
     raise ConversionError(f"{output / ADAPTER}: .bin files are written by torch, which is not "
                           "installed: pip install -e '.[torch]'") from e
   headers = {n: h for n, h in source.tensors.headers.items()
-             if any(part in n for part in _IN_ADAPTER) and not mapping.IGNORED.search(n)}
+             if any(part in n for part in _SEEING) and not mapping.IGNORED.search(n)}
   if not any("mm_projector" in n for n in headers):
     raise ConversionError(f"{source.folder}: no projector in it; --adapter-only needs a checkpoint "
                           "of stage 1 or 2")
@@ -164,13 +176,17 @@ def export_adapter(source: Checkpoint, output: Path) -> None:
         held[name] = torch.from_numpy(value)
 
     run_jobs("reading", [Job(h.nbytes, lambda n=n: job(n)) for n, h in headers.items()])
-    torch.save({n: held[n] for n in headers}, part / ADAPTER)
+    with open(part / ADAPTER, "wb") as file:
+      torch.save({n: held[n] for n in headers}, file)
+      os.fsync(file.fileno())
 
 
 def write_settings(source: Checkpoint, part: Path, *, adapter: bool = False) -> None:
   """config.json, generation_config.json and the tokenizer."""
   run, origin = source.run, source.origin
-  dtype = source.tensors.headers[_TABLE].dtype.name
+  dtype, notes = source.tensors.headers[mapping.TABLE].dtype.name, origin / "tensors.json"
+  if notes.is_file() and read_json(notes).get("dtype") == dtype:
+    dtype = None  # as it came: config.json says so, or says something else on purpose
   base = read_json(origin / "config.json") if (origin / "config.json").is_file() else None
   config = write_config(source.model, base, aspect=run["chat_aspect"] or run["data"]["aspect"],
                         max_length=run["data"]["max_length"], dtype=dtype)
@@ -184,11 +200,13 @@ def write_settings(source: Checkpoint, part: Path, *, adapter: bool = False) -> 
   if adapter:
     return
   for file in origin.iterdir() if origin.is_dir() else ():
-    if file.name in ("generation_config.json", "preprocessor_config.json"):
+    if file.name in SETTINGS:
       shutil.copy(file, part)
   if not (part / "generation_config.json").exists():
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
            if config.get(k) is not None}
+    if stops := run.get("chat_stop_ids"):
+      ids["eos_token_id"] = list(stops)
     (part / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
   for name in TOKENIZER_FILES:
     if (source.folder / TOKENIZER / name).is_file():

@@ -3,23 +3,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import fcntl
 import resource
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from conversion.tensors import ConversionError
-from mgjax.config import ConfigError
 
 IN_FLIGHT = 128 << 20  # bytes of tensors worked on at once, unless a single one is larger
 _THREADS = 4
+_LOCK = ".being-written"  # in a folder that is not whole yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,9 @@ def run_jobs(what: str, jobs: Sequence[Job]) -> None:
       if failed.is_set():
         break
       futures.append(pool.submit(one, job))
-    wait(futures, return_when=FIRST_EXCEPTION)
-    failed_or_done = [f for f in futures if f.done() and f.exception()]
-  if failed_or_done:
-    raise failed_or_done[0].exception()
+    wait(futures)
+  if errors := [f.exception() for f in futures if f.exception()]:
+    raise errors[0]
   seconds = time.perf_counter() - started
   speed = total / 1e6 / max(seconds, 1e-9)
   print(f"{len(jobs)} tensors, {total / 1e9:.3f} GB in {seconds:.1f} s ({speed:.0f} MB/s), peak "
@@ -95,20 +95,33 @@ def peak_memory() -> int:
 def finished_folder(output: Path) -> Iterator[Path]:
   """A folder beside `output` that takes its place when the body is done, and goes if it fails.
 
-  Raises ConversionError if `output` exists.
+  Raises ConversionError if `output` exists, or another process is writing it.
   """
   if output.exists():
     raise ConversionError(f"{output}: exists already; remove it or choose another --output")
   part = output.with_name(output.name + ".part")
-  shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-  part.mkdir(parents=True)
-  try:
-    yield part
-    os.sync()
-    part.rename(output)
-  except BaseException:
-    shutil.rmtree(part, ignore_errors=True)
-    raise
+  output.parent.mkdir(parents=True, exist_ok=True)
+  if part.exists() and not (part / _LOCK).exists():
+    raise ConversionError(f"{part}: is in the way, and no conversion left it; move it away")
+  part.mkdir(exist_ok=True)
+  with open(part / _LOCK, "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ConversionError(f"{part}: another conversion is writing it; wait for that, or choose "
+                            "another --output") from e
+    for left in part.iterdir():  # by a run that was killed
+      if left.is_dir():
+        shutil.rmtree(left)
+      elif left.name != _LOCK:
+        left.unlink()
+    try:
+      yield part
+      (part / _LOCK).unlink()
+      part.rename(output)
+    except BaseException:
+      shutil.rmtree(part, ignore_errors=True)
+      raise
 
 
 def needs_space(output: Path, nbytes: int) -> None:
@@ -133,12 +146,13 @@ class Outcome:
 def tool() -> Iterator[Outcome]:
   """Runs a program's body: what wrong input raises becomes one line and exit code 2."""
   outcome = Outcome()
+  jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy, and is not needed
   try:
     yield outcome
-  except (ConversionError, ConfigError, ValueError, OSError) as e:
+  except (ValueError, OSError) as e:
     # tensorstore wraps what the disk says into a ValueError of many lines.
     print(f"error: {' '.join(str(e).split())[:2000]}", file=sys.stderr)
     outcome.code = 2
   except KeyboardInterrupt:
-    print("interrupted; nothing was left behind", file=sys.stderr)
+    print("interrupted", file=sys.stderr)
     outcome.code = 130

@@ -28,6 +28,8 @@ from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
 CONFIG, TOKENIZER, ORIGIN, STEPS = "config.json", "tokenizer", "origin", "checkpoints"
+# Files of a HuggingFace folder that `origin` keeps beside its config.json.
+SETTINGS = ("generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "chat_template.jinja")

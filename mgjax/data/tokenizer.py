@@ -241,12 +241,21 @@ class Tokenizer:
     known = range(self.vocab_size)
     return self.backend.decode([int(i) for i in ids if int(i) in known], skip_special)
 
+  def has(self, token: str) -> bool:
+    """Whether the vocabulary has an entry spelled so."""
+    return self.backend.token_id(token) is not None
+
   def token_id(self, token: str) -> int:
     """Id of a vocabulary entry such as `</s>`; KeyError if the vocabulary has no such entry."""
     i = self.backend.token_id(token)
     if i is None:
       raise KeyError(f"tokenizer {self.name!r} has no token {token!r}")
     return i
+
+
+def has_tokenizer(folder: str | pathlib.Path) -> bool:
+  """Whether `load_tokenizer` finds something to read in a folder."""
+  return any((pathlib.Path(folder) / n).is_file() for n in ("tokenizer.model", "tokenizer.json"))
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
@@ -258,7 +267,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
   """
   folder = pathlib.Path(folder)
   model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-  if not (model.is_file() or fast.is_file()):
+  if not has_tokenizer(folder):
     raise FileNotFoundError(f"{folder}: neither tokenizer.model nor tokenizer.json is there; give "
                             "the folder of a Hugging Face tokenizer")
   config = _read_json(folder / "tokenizer_config.json")

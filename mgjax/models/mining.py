@@ -83,7 +83,6 @@ def pool_windows(q: jax.Array, features: jax.Array, eps: float) -> jax.Array:
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   sums = jnp.sum(q, axis=-1, dtype=jnp.float32)[:, None, :, None]
   logits = (dot("npc,nipjc->nipj", q, a) - mean * sums) * r
-  p = jax.nn.softmax(logits, axis=(1, 3)) * r
-  pooled = dot("nipj,nipjc->npc", p.astype(a.dtype), a)
-  pooled = pooled - jnp.sum(p * mean, axis=(1, 3))[..., None]
+  p = (jax.nn.softmax(logits, axis=(1, 3)) * r).astype(a.dtype)  # rounded once, for both sums
+  pooled = dot("nipj,nipjc->npc", p, a) - jnp.sum(p * mean, axis=(1, 3))[..., None]
   return pooled.reshape(n, side, side, channels)

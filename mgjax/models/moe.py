@@ -47,9 +47,11 @@ class Experts(nnx.Module):
       group = jnp.where(mine, expert, own)                                      # others last
       order = jnp.argsort(group, stable=True)
       counts = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
-      rows = x.reshape(-1, d)[order // k]
+      # Rows of others are zero, and so is all that comes of them, forward and backward.
+      own_rows = lambda a: jnp.where(mine[order][:, None], a, 0)
+      rows = own_rows(x.reshape(-1, d)[order // k])
       dot = lambda a, w: grouped_dot(a, w.astype(self.dtype), counts)
-      y = dot(self.activation(dot(rows, gate)) * dot(rows, up), down)           # [N*k, D]
+      y = dot(own_rows(self.activation(dot(rows, gate)) * dot(rows, up)), down)  # [N*k, D]
       y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
       share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
       y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)

@@ -27,17 +27,23 @@ TUNE_TEXT = (("^decoder/", 1.0),)
 
 
 def preset_of(name: str) -> Preset:
-  """A preset by name, or the model of a checkpoint folder with the recipe's usual numbers.
+  """A preset by name, or the model of a checkpoint folder.
 
+  The numbers of the recipe are those of the preset with the same language model, if there is one.
   Raises ConfigError or CheckpointError.
   """
   if name in PRESETS or not Path(name).is_dir():
     return find(name)
   run = read_run(name)[1]
   template = run["chat_template"] or run["data"]["template"]
-  return Preset(build(ModelConfig, run["model"], f"{name}/config.json: model"), template,
-                align_template=template if template in ("gemma", "llama_3") else "plain",  # R8 N14
-                max_length=run["data"]["max_length"])
+  model = build(ModelConfig, run["model"], f"{name}/config.json: model")
+  align = template if template in ("gemma", "llama_3") else "plain"  # R8 N14
+  kin = next((p for p in PRESETS.values() if p.model.decoder == model.decoder), Preset(model, ""))
+  if model.vision_hr is not None and kin.model.vision_hr is not None:
+    hr = dataclasses.replace(model.vision_hr, drop_path=kin.model.vision_hr.drop_path)
+    model = dataclasses.replace(model, vision_hr=hr)
+  return dataclasses.replace(kin, model=model, template=template, align_template=align,
+                             max_length=run["data"]["max_length"])
 
 
 def base_config(preset: str) -> ConfigDict:

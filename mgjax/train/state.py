@@ -82,6 +82,10 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
     chosen = {k: v for k, v in wanted.items() if _starts(k, prefix) and k not in loaded}
     if prefix == "":  # everything that the checkpoint has; what is new stays random
       held = parameter_homes(source)
+      parts = {_part(k) for k in held}
+      if lost := [k for k in chosen if _part(k) in parts and k not in held]:
+        raise CheckpointError(f"init_from: {source} has {_part(lost[0])}, but not {lost[0]} "
+                              f"({len(lost)} such); it belongs to another model")
       chosen = {k: v for k, v in chosen.items() if k in held}
     if not chosen:
       raise CheckpointError(f"init_from: {prefix!r} of {source} names no parameter that is still "

@@ -7,8 +7,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from conversion import mapping
-from conversion.config import family_of, is_multimodal
-from conversion.from_hf import parameter_shapes
+from conversion.config import is_multimodal
+from conversion.families import family_of
+from conversion.store import parameter_shapes
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

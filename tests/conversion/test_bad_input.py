@@ -113,7 +113,7 @@ def test_nan_in_half_precision(tmp_path, capsys, dtype):
 
 
 @pytest.mark.parametrize("change, needles", [
-    (lambda c: c.pop("hidden_size"), ["config.json" and "hidden_size is missing"]),
+    (lambda c: c.pop("hidden_size"), ["config.json: hidden_size is missing"]),
     (lambda c: c.pop("image_size_aux"), ["image_size_aux is missing"]),
     (lambda c: c.pop("mm_vision_select_layer"), ["mm_vision_select_layer is missing"]),
     (lambda c: c.update(model_type="qwen9"), ["model_type is 'qwen9'", "mgm_mixtral"]),

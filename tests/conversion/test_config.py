@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 from folders import config_of, model_of
 
-from conversion.config import (
-    family_of,
-    guess_template,
-    read_decoder,
-    read_model,
-    write_config,
-)
+from conversion.config import read_decoder, read_model, write_config
+from conversion.families import family_of, guess_template
 from conversion.mapping import all_rows
 from conversion.tensors import Header
 from mgjax.config import DecoderConfig, RopeScaling
@@ -158,11 +153,14 @@ def test_rotary_frequencies_are_those_of_transformers(scaling):
 
 def test_templates_are_told_by_the_tokenizer():
   llama = family_of({"model_type": "mgm"}, "x")
-  assert guess_template(llama, lambda t: False) == "vicuna_v1"
-  assert guess_template(llama, lambda t: t == "<|eot_id|>") == "llama_3"
-  assert guess_template(llama, lambda t: t == "<|im_end|>") == "chatml_direct"
-  assert guess_template(family_of({"model_type": "mixtral"}, "x"), bool) == "mistral_instruct"
-  assert guess_template(family_of({"model_type": "mini_gemini_gemma"}, "x"), bool) == "gemma"
+  assert guess_template(llama, 32000, lambda t: False) == "vicuna_v1"
+  assert guess_template(llama, 32000, lambda t: t == "<|eot_id|>") == "llama_3"
+  assert guess_template(llama, 32000, lambda t: t == "<|im_end|>") == "chatml_direct"
+  assert guess_template(llama, 128256, None) == "llama_3"
+  assert guess_template(llama, 64000, None) == "chatml_direct"
+  mixtral, gemma = ({"model_type": t} for t in ("mixtral", "mini_gemini_gemma"))
+  assert guess_template(family_of(mixtral, "x"), 32000, bool) == "mistral_instruct"
+  assert guess_template(family_of(gemma, "x"), 256000, bool) == "gemma"
 
 
 def test_decoder_defaults_are_vicuna_7b():

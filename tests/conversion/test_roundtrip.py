@@ -53,7 +53,6 @@ FOLDERS = {
 def test_both_ways(tmp_path, name, capsys, monkeypatch):
   monkeypatch.setattr("conversion.store.CHUNK", 300)  # uneven pieces, as large arrays have
   config, dtype, shards = FOLDERS[name]
-  config = config | {"torch_dtype": np.dtype(dtype).name}
   tensors = make_folder(tmp_path / "hf", config, dtype, shards)
   assert convert("--checkpoint", tmp_path / "hf", "--output", tmp_path / "run") == 0
   assert export("--checkpoint", tmp_path / "run", "--output", tmp_path / "back",
