@@ -12,7 +12,8 @@ Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
 
 An answer about one sign names what it tells of before it tells it ("red 7"), as people's answers
 do: a decoder this small learns to look up the word it has just said long before one it was asked
-for.  A list has one word a sign, so that what follows a character is always its colour.
+for.  A list has one word a sign, so that what follows a character is always its colour, and goes
+by the order of the palette: which sign comes next is told by what stands in the scene, not by where.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class World:
   hr: int = 128
   lr: int = 56
   max_signs: int = 4
-  held_out: float = 0.12  # share of texts (the signs of a scene in order) not shown in training
+  held_out: float = 0.12  # share of texts (what a scene's signs say together) not in training
   seed: int = 0
 
   def __post_init__(self):
@@ -123,9 +124,15 @@ def all_pairs(world: World) -> list[tuple[str, str]]:
   return [(colour, char) for colour in world.colours for char in world.characters]
 
 
+def listed(world: World, signs) -> list[str]:
+  """The signs as a list reads them, one word each, in the order of the palette."""
+  ordered = sorted(signs, key=lambda s: (world.colours.index(s.colour), s.char))
+  return [s.colour + s.char for s in ordered]
+
+
 def is_held_out(world: World, signs) -> bool:
-  """Whether no training image may show these signs, in this order, wherever they stand."""
-  text = " ".join(s.colour + s.char for s in signs)
+  """Whether no training image may show these signs together, wherever they stand."""
+  text = " ".join(listed(world, signs))
   digest = hashlib.sha256(f"{world.seed} {text}".encode()).digest()
   return int.from_bytes(digest[:4]) < world.held_out * 2**32
 
@@ -175,7 +182,7 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
   if kind == "read_one":
     return Question(kind, phrase.format(colour=sign.colour), f"{sign.colour} {sign.char}", sign)
   if kind == "read_all":
-    return Question(kind, phrase, " ".join(s.colour + s.char for s in signs))
+    return Question(kind, phrase, " ".join(listed(world, signs)))
   if kind == "which_colour":
     # Of a single sign, the colour could be told without reading.
     if len(signs) == 1 or sum(s.char == sign.char for s in signs) > 1:
@@ -194,7 +201,8 @@ def ask(world: World, rng, signs, kind: str, about: Sign | None = None) -> Quest
     answer = f"{sign.colour} {half(world, sign.cell)}"
     return Question(kind, phrase.format(colour=sign.colour), answer, sign)
   if kind == "colours":
-    return Question(kind, phrase, " ".join(s.colour for s in signs))
+    return Question(kind, phrase, " ".join(c for c in world.colours if c in {
+      s.colour for s in signs}))
   if kind == "transcribe":
     return Question(kind, phrase, as_words(world, signs))
   raise ValueError(f"kind: {kind!r} unknown; known are {sorted(PHRASES)}")
