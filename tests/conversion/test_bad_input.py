@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from folders import BF16, config_of, make_folder, make_towers, write_tensors
 
 from conversion import from_hf, inspect, to_hf
 from conversion.store import Writer
+from conversion.transfer import finished_folder
 from mgjax.checkpoint import load_params, parameter_homes
 
 REPO = pathlib.Path(__file__).parents[2]
@@ -53,6 +55,19 @@ def test_shard_that_is_something_else(good, capsys):
   folder, _, _ = good
   (folder / LAST).write_bytes((20).to_bytes(8, "little") + b"not json at all, no!" * 10)
   refuse(capsys, folder, LAST, "not a safetensors file")
+
+
+def test_spans_that_overlap(good, capsys):
+  folder, _, _ = good
+  data = (folder / LAST).read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  header = json.loads(data[8:8 + length])
+  names = [n for n in header if n != "__metadata__"]
+  for offsets in ([0, 3], ["a", "b"], [1]):
+    header[names[1]]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    (folder / LAST).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length:])
+    refuse(capsys, folder, LAST)
 
 
 def test_missing_shard(good, capsys):
@@ -117,7 +132,7 @@ def test_nan_in_half_precision(tmp_path, capsys, dtype):
     (lambda c: c.pop("image_size_aux"), ["image_size_aux is missing"]),
     (lambda c: c.pop("mm_vision_select_layer"), ["mm_vision_select_layer is missing"]),
     (lambda c: c.update(model_type="qwen9"), ["model_type is 'qwen9'", "mgm_mixtral"]),
-    (lambda c: c.update(hidden_size="big"), ["hidden_size is 'big'"]),
+    (lambda c: c.update(hidden_size="big"), ["hidden_size is 'big'; expected int"]),
     (lambda c: c.update(num_attention_heads=0), ["num_attention_heads"]),
     (lambda c: c.update(num_hidden_layers=3), ["missing: model.layers.2"]),
     (lambda c: c.update(attention_bias=True), ["attention_bias is True"]),
@@ -128,6 +143,14 @@ def test_nan_in_half_precision(tmp_path, capsys, dtype):
     (lambda c: c.update(mm_hidden_size=64), ["mm_hidden_size is 64", "32"]),
     (lambda c: c.update(mm_hidden_size_aux=2880), ["mm_hidden_size_aux is 2880", "24"]),
     (lambda c: c.update(image_size_aux=60), ["hr_size 60"]),
+    (lambda c: c.update(image_size_aux="64"), ["image_size_aux is '64'; expected int"]),
+    (lambda c: c.update(image_grid="2"), ["image_grid is '2'; expected int"]),
+    (lambda c: c.update(mm_vision_tower=["a"]), ["mm_vision_tower is ['a']; expected str"]),
+    (lambda c: c.pop("mm_vision_tower"), ["mm_vision_tower is missing"]),
+    (lambda c: c.update(rope_scaling="linear"), ["rope_scaling is 'linear'; expected dict"]),
+    (lambda c: c.update(rope_scaling={"type": "linear", "factor": None}), ["factor is None"]),
+    (lambda c: c.update(rope_scaling={"type": "linear", "factor": 0.5}), ["factor is 0.5"]),
+    (lambda c: c.update(hidden_size=16.5), ["hidden_size is 16.5; expected int"]),
     (lambda c: c.update(mm_vision_tower="zoo/clip-vit-large-patch14-336"),
      ["clip-vit-large-patch14-336", "28 pixels", "another tower"])])
 def test_wrong_config(good, capsys, change, needles):
@@ -238,8 +261,19 @@ def test_interrupted(good, capsys, monkeypatch, tmp_path):
   assert not list(tmp_path.glob("out*"))
   monkeypatch.undo()
   # A run that was killed leaves a folder that nothing takes for whole, and the next one clears it.
-  (tmp_path / "out.part" / "checkpoints").mkdir(parents=True)
-  assert from_hf.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")]) == 0
+  part, args = tmp_path / "out.part", ["--checkpoint", str(folder), "--output",
+                                       str(tmp_path / "out")]
+  (part / "checkpoints/0").mkdir(parents=True)
+  assert from_hf.main(args) == 2 and (part / "checkpoints").exists()  # not ours, as it seems
+  assert "no conversion left it" in capsys.readouterr().err
+  (part / ".being-written").touch()
+  with finished_folder(tmp_path / "out"):
+    assert from_hf.main(args) == 2
+    assert "another conversion" in capsys.readouterr().err
+  shutil.rmtree(tmp_path / "out")
+  (part / "checkpoints/0").mkdir(parents=True)
+  (part / ".being-written").touch()
+  assert from_hf.main(args) == 0
   assert [p.name for p in tmp_path.glob("out*")] == ["out"]
   assert len(parameter_homes(tmp_path / "out")) > 30
   with pytest.raises(ValueError, match="another model"):
