@@ -12,8 +12,8 @@ Worked example, grid 4, a red 7 in cell 2 and a blue 3 in cell 5:
 
 An answer about one sign names what it tells of before it tells it ("red 7"), as people's answers
 do: a decoder this small learns to look up the word it has just said long before one it was asked
-for.  A list has one word a sign, so that what follows a character is always its colour, and goes
-by the order of the palette: which sign comes next is told by what stands in the scene, not by where.
+for.  A list has one word a sign, so that what follows a character is always its colour, and goes by
+the order of the palette: which sign comes next is told by what stands in the scene, not by where.
 """
 
 import dataclasses

@@ -76,7 +76,7 @@ def greedy(n, stop=()):
 @jax.jit
 def _full_logits(model, tokens, index, visual, real):
   x = model.place(tokens, index, visual)
-  hidden = model.decoder(x, jnp.arange(tokens.shape[1])[None], real.astype(jnp.int32))
+  hidden, _ = model.decoder(x, jnp.arange(tokens.shape[1])[None], real.astype(jnp.int32))
   return model.decoder.logits(hidden)[0]
 
 
