@@ -51,15 +51,17 @@ def parse(argv):
   """Flags and config file; what does not fit is one line."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError) as e:
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
     sys.exit(f"error: {last_line(e)}")
 
 
 def last_line(e: Exception) -> str:
   """What a config file raises comes inside a whole traceback: its last line tells."""
-  text = str(e.args[0] if e.args else e).replace("\\n", "\n")  # of a message within a message
+  text = str(e)
+  if text[:1] == text[-1:] == "'":  # a KeyError quotes its message
+    text = text[1:-1].replace("\\n", "\n")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
-  return re.sub(r"^[a-zA-Z_.]*Error: ", "", lines[-1].strip("'"))
+  return re.sub(r"^[a-zA-Z_.]*Error: ", "", lines[-1])
 
 
 if __name__ == "__main__":
