@@ -89,7 +89,7 @@ def main():
     part("upsample, concatenate", concatenated_features, maps)
     part("mining", lambda m, x, y: m(x, y), model.mining, tokens, features)
     part("decoder and logits", lambda m, b: m.decoder.logits(m.decoder(
-        m.decoder.embed(b["tokens"]), b["positions"], b["segment_ids"])), model, batch)
+        m.decoder.embed(b["tokens"]), b["positions"], b["segment_ids"])[0]), model, batch)
 
     engine = Engine(model, mesh=mesh, max_length=1024)
     visual = engine.encode_images(np.asarray(pixels[:1]))
