@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mgjax.data.config import DataConfig
 from mgjax.data.images import load_image
-from mgjax.data.pipeline import DataConfig, make_pipeline
+from mgjax.data.pipeline import make_pipeline
 from mgjax.data.tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "cases" / "small_yi"

@@ -16,7 +16,7 @@ from flax import nnx
 from timing import seconds
 
 from mgjax import trees
-from mgjax.data.pipeline import DataConfig
+from mgjax.data.config import DataConfig
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
 from mgjax.models import images as views

@@ -24,7 +24,7 @@ from conversion.inspect import open_any
 from conversion.tensors import FLOATS, ConversionError
 from conversion.transfer import tool
 from mgjax import trees
-from mgjax.data.pipeline import DataConfig
+from mgjax.data.config import DataConfig
 from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
 from mgjax.models.convnext import concatenated_features

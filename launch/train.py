@@ -25,7 +25,7 @@ def main(argv):
     jax.distributed.initialize()
   from mgjax.checkpoint import CheckpointError
   from mgjax.config import ConfigError
-  from mgjax.data.sources import DataError
+  from mgjax.data.samples import DataError
   from mgjax.train.config import run_config
   from mgjax.train.loop import TrainingError, train
 

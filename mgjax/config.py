@@ -176,6 +176,20 @@ class ModelConfig:
             f"stage) and of {self.vision_hr.stride * cells} (so that each of {cells} LR tokens a "
             "side owns a whole window)")
 
+  def at(self, hr_size: int) -> ModelConfig:
+    """The same parameters at another size of pictures: tiles as in HD where it is larger.
+
+    Raises ConfigError unless the size is a multiple of what one CLIP crop covers.
+    """
+    tile = self.hr_size // self.grid
+    if hr_size % tile or hr_size < tile:
+      raise ConfigError(f"model: hr_size {hr_size} cannot be cut into tiles; expected a multiple "
+                        f"of {tile}")
+    if hr_size == self.hr_size:
+      return self
+    grid = hr_size // tile
+    return dataclasses.replace(self, hr_size=hr_size, grid=grid, global_view=grid > 1)
+
   @property
   def lr_size(self) -> int:
     """Side of the low-resolution view before it is cut into tiles."""

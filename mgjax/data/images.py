@@ -1,18 +1,23 @@
 """Pictures: found, checked and opened safely, and brought to the one square the device gets."""
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 
 import numpy as np
 from PIL import Image
 
+Picture = bytes | np.ndarray  # a picture's file in memory, or uint8 [H, W, 3]
 PAD_COLOUR = (122, 116, 104)  # int(mean * 255) of CLIP
 MAX_PIXELS = 89_478_485       # Pillow's own warning level: 256 MiB of RGB
 MAX_SIDE = 32_768
 ASPECTS = ("pad", "square")
 # Formats that Pillow reads by itself: none of them starts another program.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+# What Pillow's decoders raise on bad bytes.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError, TypeError,
+                   Image.DecompressionBombError)
 
 
 class ImageError(Exception):
@@ -59,50 +64,60 @@ def _alias(relative: str) -> str:
   return relative.replace("VG_100K_2", "images").replace("VG_100K", "images")
 
 
-def check_header(path: str | os.PathLike, aspect: str = "pad", size: int = 0) -> tuple[int, int]:
+def check_header(source: str | os.PathLike | Picture, aspect: str = "pad", size: int = 0,
+                 name: str = "") -> tuple[int, int]:
   """(width, height) read from the header alone.
 
   Raises ImageError (broken_image) for an empty file, for what is no picture, and for sizes that
   would not fit in memory once decoded.
   """
-  with _open(path, aspect, size) as image:
+  with _open(source, aspect, size, name) as image:
     return image.size
 
 
-def load_image(path: str | os.PathLike, size: int, aspect: str) -> np.ndarray:
-  """The picture at `path` as uint8 [size, size, 3]: see `square_pixels`.
+def load_image(source: str | os.PathLike | Picture, size: int, aspect: str,
+               name: str = "") -> np.ndarray:
+  """A picture as uint8 [size, size, 3]: see `square_pixels`.
 
+  source: a path, or a Picture, which errors call `name`.
   Raises ImageError (broken_image) naming the file and the reason.
   """
-  with _open(path, aspect, size) as image:
+  with _open(source, aspect, size, name) as image:
     try:
       return square_pixels(image, size, aspect)
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError,
-            IndexError, TypeError) as error:  # Pillow's decoders raise all of these on bad bytes
-      raise ImageError("broken_image", f"{path}: cannot be decoded ({error}); fetch the file again "
-                                       "or remove the sample") from error
+    except DECODING_ERRORS as error:
+      raise ImageError("broken_image", f"{_name(source, name)}: cannot be decoded ({error}); fetch "
+                                       "the file again or remove the sample") from error
 
 
-def _open(path, aspect, size) -> Image.Image:
+def _name(source, name) -> str:
+  return name or ("picture" if isinstance(source, Picture) else str(source))
+
+
+def _open(source, aspect, size, name) -> Image.Image:
+  name = _name(source, name)
   try:
-    if not os.path.getsize(path):
-      raise ImageError("broken_image", f"{path}: the file is empty; fetch it again")
-    image = Image.open(path, formats=FORMATS)
+    if isinstance(source, np.ndarray):
+      image = Image.fromarray(source.squeeze())  # TFDS gives grey pictures as [H, W, 1]
+    else:
+      if not (len(source) if isinstance(source, bytes) else os.path.getsize(source)):
+        raise ImageError("broken_image", f"{name}: the file is empty; fetch it again")
+      image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
+                         formats=FORMATS)
   except FileNotFoundError as error:
-    raise ImageError("missing_image", f"{path}: no such file") from error
+    raise ImageError("missing_image", f"{name}: no such file") from error
   except Image.UnidentifiedImageError as error:
-    raise ImageError("broken_image", f"{path}: not a picture that can be read; expected one of "
+    raise ImageError("broken_image", f"{name}: not a picture that can be read; expected one of "
                                      f"{', '.join(FORMATS)}") from error
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-          Image.DecompressionBombWarning) as error:
-    raise ImageError("broken_image", f"{path}: cannot be opened ({error})") from error
+  except (*DECODING_ERRORS, Image.DecompressionBombWarning) as error:
+    raise ImageError("broken_image", f"{name}: cannot be opened ({error})") from error
   width, height = image.size
   resized = size * size * max(width, height) // min(width, height) if aspect == "square" else 0
   if max(width * height, resized) > MAX_PIXELS or max(width, height) > MAX_SIDE:
     image.close()
     then = f" ({resized:,} resized to cover a square; aspect 'pad' needs less)" if resized else ""
     raise ImageError(
-        "broken_image", f"{path}: {width} x {height} pixels{then}; at most {MAX_PIXELS:,} pixels "
+        "broken_image", f"{name}: {width} x {height} pixels{then}; at most {MAX_PIXELS:,} pixels "
                         f"and {MAX_SIDE:,} a side are decoded; shrink the file")
   return image
 

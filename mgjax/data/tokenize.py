@@ -59,6 +59,12 @@ class EncodedPrompt:
   visual_index: np.ndarray
 
 
+def text_pieces(segments: Sequence[Segment], has_images: bool) -> list[str]:
+  """What is tokenised by itself: the stretches between images (R3.3), or all of it without any."""
+  text = "".join(s.text for s in segments)
+  return text.split(IMAGE_TAG) if has_images else [text]
+
+
 def tokenize_conversation(tokenizer: Tokenizer, segments: Sequence[Segment],
                           has_images: bool) -> Tokenized:
   """Ids of a rendered conversation, and which of them the loss counts.
@@ -68,10 +74,9 @@ def tokenize_conversation(tokenizer: Tokenizer, segments: Sequence[Segment],
   `<image>` included.  An id is trained when a character that it covers is: the mask follows from
   spans, so no template and no tokenizer can shift it.
   """
-  text = "".join(s.text for s in segments)
   trained_char = np.repeat([s.trained for s in segments], [len(s.text) for s in segments])
   ids, trained, at = [], [], 0
-  for k, piece in enumerate(text.split(IMAGE_TAG) if has_images else [text]):
+  for k, piece in enumerate(text_pieces(segments, has_images)):
     if k:
       ids.append(IMAGE_ID)
       trained.append(False)

@@ -84,14 +84,40 @@ class SentencePiece:
         ids, spans = ids[1:], spans[1:]  # no dummy space before a special token that has a name
     return ids, spans
 
+  def count(self, texts: Sequence[str]) -> list[int]:
+    """How many ids `encode` gives for each text, in half its time."""
+    return [self._count(text) for text in texts]
+
+  def _count(self, text: str) -> int:
+    if not text:
+      return 0
+    if not self.legacy:
+      text = _SPACE + text.replace(_SPACE, " ")
+    total = end = 0
+    for match in [*self._cut.finditer(text), None]:
+      stretch = text[end:match.start() if match else None]
+      if stretch:
+        guard = self._guard(stretch)
+        total += len(self._processor.encode(guard + stretch)) - self._guard_length * bool(guard)
+      if match:
+        total += 1
+        if stretch == _SPACE and not end and self.added[match.group()] in self.named_ids:
+          total -= 1  # see `encode`
+        end = match.end()
+    return total
+
+  def _guard(self, stretch: str) -> str:
+    """What keeps a leading space from being taken for the start of a sentence."""
+    return self.unk if not self.legacy and stretch.startswith((_SPACE, " ")) else ""
+
+  @functools.cached_property
+  def _guard_length(self) -> int:
+    return len(self._processor.encode(self.unk))
+
   def _encode_stretch(self, text: str, offset: int, ids: list[int], spans: Spans) -> None:
     """Appends a stretch that holds no added token."""
-    sp, guard = self._processor, ""
-    if not self.legacy and text.startswith((_SPACE, " ")):
-      guard = self.unk  # behind a guard the leading space is not taken for the start of a sentence
-    pieces = sp.encode(guard + text, out_type=str)
-    if guard:
-      pieces = pieces[len(sp.encode(guard, out_type=str)):]
+    sp, guard = self._processor, self._guard(text)
+    pieces = sp.encode(guard + text, out_type=str)[self._guard_length if guard else 0:]
     new = [sp.piece_to_id(p) for p in pieces]
     # The dummy space is the one character of the pieces that the text does not have.
     at = start = offset - self._dummy_prefix
@@ -175,6 +201,11 @@ class FastTokenizer:
       end = b
     return encoding.ids, spans
 
+  def count(self, texts: Sequence[str]) -> list[int]:
+    """How many ids `encode` gives for each text."""
+    batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [len(encoding) for encoding in batch]
+
   def decode(self, ids: Sequence[int], skip_special: bool) -> str:
     """Text of the ids."""
     text = self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -230,6 +261,10 @@ class Tokenizer:
         raise ValueError(f"tokenizer {self.name!r} has no BOS token to add; pass add_bos=False")
       ids, spans = [self.bos_id, *ids], [(0, 0), *spans]
     return ids, spans
+
+  def count(self, texts: Sequence[str]) -> list[int]:
+    """How many ids each text has, without BOS; faster than encoding them."""
+    return self.backend.count(texts)
 
   def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
     """Ids of `text`; see `encode_with_offsets`."""

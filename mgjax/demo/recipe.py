@@ -10,7 +10,8 @@ import jax
 from absl import logging
 
 from mgjax.config import build
-from mgjax.data.sources import DataError, load_samples
+from mgjax.data.samples import DataError
+from mgjax.data.sources import load_samples
 from mgjax.demo import report
 from mgjax.demo.make import Sizes, make
 from mgjax.demo.world import World

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mgjax.checkpoint import load_model
 from mgjax.data.conversation import HUMAN, drop_leading_reply, get_template
 from mgjax.data.images import ImageError, load_image, resolve_image
-from mgjax.data.sources import DataError, Problem, Sample, prepare_turns
+from mgjax.data.samples import DataError, Problem, Sample, prepare_turns
 from mgjax.data.tokenize import encode_prompt
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.infer.chat import end_ids, finished_text

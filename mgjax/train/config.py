@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mgjax.config import ConfigError, ModelConfig, at_least, build
+from mgjax.data.config import DataConfig, Resolution
 from mgjax.data.conversation import get_template
 from mgjax.data.images import ASPECTS
-from mgjax.data.pipeline import DataConfig
 from mgjax.models.layers import REMAT_POLICIES
 from mgjax.train.optimizer import OptimizerConfig
 
@@ -80,20 +80,28 @@ class RunConfig:
         ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
       if value not in allowed:
         raise ConfigError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
-    if self.data.batch_size % self.accumulate:
-      raise ConfigError(f"config.data.batch_size {self.data.batch_size} is not a multiple of "
-                       f"config.accumulate {self.accumulate}")
+    for resolution in self.data.all_resolutions:
+      if resolution.batch_size % self.accumulate:
+        raise ConfigError(f"config.data: batch_size {resolution.batch_size} is not a multiple of "
+                          f"config.accumulate {self.accumulate}")
     if self.model.vision is None:
       if self.data.images_per_row or self.objective != "language":
         raise ConfigError("config.model has no towers: it is a language model alone; set "
                           "config.data.images_per_row to 0, or start from a checkpoint with towers")
     elif self.objective == "language":
-      for name, value, expected in (
-          ("hr_size", self.data.hr_size, self.model.hr_size),
-          ("tokens_per_image", self.data.tokens_per_image, self.model.visual_tokens)):
-        if value != expected:
-          raise ConfigError(f"config.data.{name} is {value}, but the model needs {expected}; leave "
-                           "it out, it follows config.model")
+      if self.data.hr_size != self.model.hr_size:
+        raise ConfigError(f"config.data.hr_size is {self.data.hr_size}, but the model needs "
+                          f"{self.model.hr_size}; leave it out, it follows config.model")
+      for resolution in self.data.all_resolutions:
+        expected = self.model.at(resolution.hr_size).visual_tokens
+        if resolution.tokens_per_image != expected:
+          raise ConfigError(
+              f"config.data: tokens_per_image is {resolution.tokens_per_image} at hr_size "
+              f"{resolution.hr_size}, but the model makes {expected}; leave it out, it follows "
+              "config.model")
+    elif self.data.resolutions or self.data.batching != "single":
+      raise ConfigError(f"config.objective {self.objective!r} takes one picture a row: leave "
+                        "config.data.batching at 'single' and config.data.resolutions empty")
 
 
 def parse_init_from(text: str) -> tuple[tuple[str, str], ...]:
@@ -128,4 +136,14 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
   data = dict(values.get("data", {}))
   if model.vision is not None:
     data = dict(hr_size=model.hr_size, tokens_per_image=model.visual_tokens) | data
+    data["resolutions"] = tuple(_resolution(row, model, i)
+                                for i, row in enumerate(data.get("resolutions", ())))
   return build(RunConfig, values | {"model": model, "data": data}, "config")
+
+
+def _resolution(values: Any, model: ModelConfig, i: int) -> Resolution:
+  resolution = build(Resolution, values, f"config.data.resolutions[{i}]")
+  if resolution.tokens_per_image:
+    return resolution
+  return dataclasses.replace(
+      resolution, tokens_per_image=model.at(resolution.hr_size).visual_tokens)

@@ -4,29 +4,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mgjax import trees
-from mgjax.checkpoint import ORIGIN, TOKENIZER, Checkpointer, read_run, resolve, write_run
+from mgjax.checkpoint import (
+    ORIGIN,
+    TOKENIZER,
+    Checkpointer,
+    abstract_params,
+    read_run,
+    resolve,
+    write_run,
+)
 from mgjax.config import ConfigError
-from mgjax.data.pipeline import Pipeline, make_pipeline
-from mgjax.data.sources import DataError
+from mgjax.data.packing import Format
+from mgjax.data.pipeline import Pipeline, batch_arrays, make_pipeline
+from mgjax.data.samples import DataError
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.sharding import batch_sharding, batch_shards, check_heads, make_mesh, mesh_context
 from mgjax.train import metrics as metrics_lib
 from mgjax.train.config import RunConfig
 from mgjax.train.optimizer import make_optimizer
-from mgjax.train.state import TrainState, abstract_state, init_state
+from mgjax.train.prefetch import Prefetcher
+from mgjax.train.state import TrainState, abstract_state, init_state, model_builder
 from mgjax.train.step import make_train_step
 
 
@@ -70,10 +82,10 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
   data = make_pipeline(config.data, tokenizer, host=jax.process_index(),
                        hosts=jax.process_count())
   batches, main_host = iter(data), jax.process_index() == 0
-  steps = config.steps or math.ceil(config.epochs * data.steps_per_epoch)
+  steps = config.steps or data.steps(config.epochs)
   with mesh_context(mesh), contextlib.closing(batches):
     tx = make_optimizer(config.optimizer, steps)
-    graphdef, abstract = abstract_state(config, tx, mesh)
+    abstract = abstract_state(config, tx, mesh)[1]
     if resuming:
       saved, position = checkpointer.restore(abstract.as_dict())
       state = TrainState(**saved)
@@ -89,31 +101,33 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
       metrics_lib.truncate_after(workdir / "metrics.jsonl", start)
       write_problems(workdir / "skipped.jsonl", data)
       describe(config, abstract, data, steps)
-    compiled = compile_step(config, graphdef, tx, steps, abstract, data, mesh)
+    compiled = CompiledSteps(config, tx, steps, abstract, mesh)
+    compiled.prepare(data.formats_of_epoch(0))
     log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps, enabled=main_host)
-    with contextlib.closing(log):
+    fetched = Prefetcher(batches, lambda batch: put(batch, mesh), steps - start)
+    with contextlib.closing(log), contextlib.closing(fetched):
       if agreed(stop.is_set()):
         return start
-      batch, bad = next(batches), None
+      batch, bad = next(fetched), None
+      log.restart_clock()
       for step in range(start + 1, steps + 1):
-        position = batches.get_state()
-        state, metrics = compiled(state, put(batch, mesh))
-        # While the device works, the host prepares what comes next.
-        done, batch = batch, None
+        shape, done = data.format_of(batch.host), batch
+        state, metrics = compiled[shape](state, batch.device)
+        metrics = jax.device_get(metrics)  # meanwhile a thread fetches what comes next
+        if not metrics.pop("finite"):
+          raise TrainingError(explain_nonfinite(step, metrics, done.host, data))
+        batch = None
         if step < steps:
           try:
-            batch = next(batches)
+            batch = next(fetched)
           except DataError as error:
             bad = error  # what this step learnt is saved first
-        metrics = jax.device_get(metrics)
-        if not metrics.pop("finite"):
-          raise TrainingError(explain_nonfinite(step, metrics, done, data))
         stopping = agreed(stop.is_set() or bad is not None)
         due = step == steps or stopping
-        checkpointer.save(step, state.as_dict(), position, force=due)
-        log.write(step, metrics | skipped(position), show=step % config.log_every == 0 or due,
-                  tokens=int((done["segment_ids"] > 0).sum()) * jax.process_count(),
-                  images=images_in(done, config) * jax.process_count())
+        checkpointer.save(step, state.as_dict(), done.position, force=due)
+        log.write(step, metrics | skipped(done.position), usage(done.host, shape),
+                  waited=fetched.waited if batch else 0.0,
+                  show=step % config.log_every == 0 or due)
         if bad is not None:
           raise bad
         if stopping:
@@ -184,32 +198,54 @@ def origin_folder(config: RunConfig) -> Path | None:
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
   """Raises ConfigError if the rows of a micro-batch do not divide among the batch axes, or these
   among the hosts."""
-  rows, shards = config.data.batch_size // config.accumulate, batch_shards(mesh)
-  if rows % shards:
-    raise ConfigError(
-        f"config.data.batch_size {config.data.batch_size} / accumulate {config.accumulate} = "
-        f"{rows} rows, which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; "
-        f"use a multiple of {shards * config.accumulate}")
+  shards = batch_shards(mesh)
+  for batch_size in (r.batch_size for r in config.data.all_resolutions):
+    rows = batch_size // config.accumulate
+    if rows % shards:
+      raise ConfigError(
+          f"config.data: batch_size {batch_size} / accumulate {config.accumulate} = {rows} rows, "
+          f"which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; use a "
+          f"multiple of {shards * config.accumulate}")
   if shards % jax.process_count():
     raise ConfigError(
         f"mesh {dict(mesh.shape)}: data x fsdp = {shards} does not divide among "
         f"{jax.process_count()} hosts, each of which reads its own rows; use a smaller tensor axis")
 
 
-def compile_step(config, graphdef, tx, steps, abstract: TrainState, data: Pipeline, mesh: Mesh):
-  """The train step as an executable for just these shapes: it cannot recompile."""
-  c, rows = config.data, config.data.batch_size
-  shape = lambda dims, dtype: jax.ShapeDtypeStruct((rows, *dims), dtype,
-                                                   sharding=batch_sharding(mesh))
-  batch = {k: shape((c.max_length,), np.int32)
-           for k in ("tokens", "visual_index", "segment_ids", "positions", "targets")}
-  batch["loss_mask"] = shape((c.max_length,), np.bool_)
-  batch["images"] = shape((c.images_per_row, c.hr_size, c.hr_size, 3), np.uint8)
-  shardings = jax.tree.map(lambda s: s.sharding, abstract)
-  step = make_train_step(config, graphdef, tx, steps)
-  # The shardings out are pinned: left free, small ones drift and the next step would not fit.
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-  return jitted.lower(abstract, batch).compile()
+class CompiledSteps:
+  """The train step as an executable for each format of a batch, made when it is first asked for.
+
+  An executable is for just its shapes: it cannot recompile.
+  """
+
+  def __init__(self, config: RunConfig, tx: optax.GradientTransformation, steps: int,
+               abstract: TrainState, mesh: Mesh):
+    self._config, self._tx, self._steps = config, tx, steps
+    self._abstract, self._mesh = abstract, mesh
+    self._made: dict[Format, Any] = {}
+
+  def prepare(self, formats: Iterable[Format]) -> None:
+    """Makes those of `formats`."""
+    for shape in formats:
+      self[shape]
+
+  def __getitem__(self, shape: Format):
+    if shape not in self._made:
+      started = time.perf_counter()
+      self._made[shape] = self._compile(shape)
+      logging.info("compiled the step for %s in %.0f s", shape, time.perf_counter() - started)
+    return self._made[shape]
+
+  def _compile(self, shape: Format):
+    graphdef, _ = abstract_params(model_builder(self._config, shape.hr_size), self._mesh)
+    sharding = batch_sharding(self._mesh)
+    batch = {k: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+             for k, (dims, dtype) in batch_arrays(shape).items()}
+    shardings = jax.tree.map(lambda s: s.sharding, self._abstract)
+    step = make_train_step(self._config, graphdef, self._tx, self._steps)
+    # The shardings out are pinned: left free, small ones drift and the next step would not fit.
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(self._abstract, batch).compile()
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -219,10 +255,14 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
           if k != "sample_index"}
 
 
-def images_in(batch, config: RunConfig) -> int:
-  """Pictures that this host's rows really hold (empty slots not counted)."""
-  slots = batch["visual_index"] // config.data.tokens_per_image
-  return int((slots.max(axis=1) + 1).sum())
+def usage(batch: dict[str, np.ndarray], shape: Format) -> metrics_lib.Usage:
+  """What a batch holds, and what it has room for, over all hosts (as if all were like this one)."""
+  slots = (batch["visual_index"] // shape.tokens_per_image).max(axis=1) + 1
+  hosts = jax.process_count()
+  return metrics_lib.Usage(
+      tokens=hosts * int((batch["segment_ids"] > 0).sum()), positions=shape.rows * shape.length,
+      images=hosts * int(slots.sum()), slots=shape.rows * shape.slots,
+      samples=hosts * int((batch["sample_index"] >= 0).sum()))
 
 
 def skipped(position: dict) -> dict[str, int]:
@@ -258,11 +298,14 @@ def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int
     kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(data.report.counts.items()))
     logging.warning("%d samples left out (%s); skipped.jsonl lists them",
                     len(data.report.problems), kinds)
-  logging.info("%d of %d samples were read before the start; %d of these are longer than %d tokens "
-               "and will be cut", data.report.checked_in_depth, len(data.samples),
-               data.report.truncated, config.data.max_length)
-  logging.info("training %s; frozen %.2f M; %d samples, %d steps of %d rows", parts,
-               count(abstract.frozen) / 1e6, len(data.report.kept), steps, config.data.batch_size)
+  logging.info("the pictures of %d of %d samples were opened before the start; %d samples are "
+               "longer than max_length and will be cut", data.report.checked_in_depth,
+               len(data.samples), data.report.truncated)
+  for use in data.planner.use(0):
+    logging.info("an epoch has %d batches of %s: %.1f %% of the positions filled, %.1f %% of the "
+                 "image slots", use.batches, use.format, 100 * use.tokens, 100 * use.images)
+  logging.info("training %s; frozen %.2f M; %d samples, %d steps", parts,
+               count(abstract.frozen) / 1e6, len(data.report.kept), steps)
 
 
 def agreed(stop: bool) -> bool:

@@ -1,12 +1,24 @@
 """What a run says of itself: a progress line, metrics.jsonl, TensorBoard."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+  """What a step took in, over all hosts, and what its batch had room for."""
+
+  tokens: int
+  positions: int
+  images: int
+  slots: int
+  samples: int
 
 
 class Metrics:
@@ -22,18 +34,27 @@ class Metrics:
     self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
     self._board = _tensorboard(workdir / "tensorboard")
 
-  def write(self, step: int, values: dict, *, tokens: int, images: int, show: bool) -> None:
-    """values: scalars of this step; tokens, images: how many of them it took in, over all hosts.
+  def restart_clock(self) -> None:
+    """The first step begins now."""
+    self._last = time.perf_counter()
 
-    Adds tokens/s, images/s and step_time (seconds since the last step ended).
+  def write(self, step: int, values: dict, usage: Usage, *, waited: float, show: bool) -> None:
+    """values: scalars of this step; waited: seconds that the device had to wait for data.
+
+    Adds tokens/s, images/s, samples/s, step_time (seconds since the last step ended), the shares of
+    positions and image slots that were filled, and of the time spent waiting.
     """
     if not self._enabled:
       return
     now = time.perf_counter()
     seconds, self._last = now - self._last, now
     record = {k: float(np.asarray(v)) for k, v in values.items()}
-    record |= {"step_time": seconds, "tokens_per_s": tokens / seconds,
-               "images_per_s": images / seconds}
+    record |= {"step_time": seconds, "tokens_per_s": usage.tokens / seconds,
+               "images_per_s": usage.images / seconds, "samples_per_s": usage.samples / seconds,
+               "data/filled_tokens": usage.tokens / usage.positions,
+               "data/waiting": waited / seconds}
+    if usage.slots:
+      record["data/filled_images"] = usage.images / usage.slots
     self._bar.update()
     if not show:
       return

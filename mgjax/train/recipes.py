@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 
 from mgjax.checkpoint import read_run
 from mgjax.config import ModelConfig, build
-from mgjax.data.pipeline import DataConfig
+from mgjax.data.config import DataConfig
 from mgjax.presets import PRESETS, Preset, find
 from mgjax.train.config import RunConfig
 

@@ -41,11 +41,13 @@ class TrainState:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-def model_builder(config: RunConfig):
-  """() -> the nnx module that the objective trains."""
+def model_builder(config: RunConfig, hr_size: int | None = None):
+  """() -> the nnx module that the objective trains; hr_size: for pictures of another size than the
+  model's own (the parameters are the same)."""
   kwargs = dict(remat_policy=config.remat, dtype=jnp.dtype(config.dtype))
   if config.objective == "language":
-    return lambda: MiniGemini(config.model, **kwargs, rngs=nnx.Rngs(config.seed))
+    model = config.model.at(hr_size) if hr_size else config.model
+    return lambda: MiniGemini(model, **kwargs, rngs=nnx.Rngs(config.seed))
   tower = config.objective.partition(":")[2]
   return lambda: Tagger(config.model, tower, **kwargs, rngs=nnx.Rngs(config.seed))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgjax.data.pipeline import DataConfig
+from mgjax.data.config import DataConfig
 from mgjax.data.tokenizer import load_tokenizer
 
 

@@ -6,7 +6,8 @@ from records import good, talk
 
 from mgjax.data.conversation import get_template
 from mgjax.data.pipeline import make_pipeline
-from mgjax.data.sources import DataError, check_structure, load_samples
+from mgjax.data.samples import DataError, check_structure
+from mgjax.data.sources import load_samples
 
 
 def record(conversations, image=None):
@@ -88,7 +89,7 @@ def test_a_bad_line_keeps_its_place(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([lines[0].encode(), bad, lines[2].encode()]))
     samples, problems = load_samples(tmp_path / "a.jsonl")
     assert len(samples) == 3 and [p.index for p in problems] == [1]
-    assert "line 2" in problems[0].message
+    assert f"at byte {len(lines[0]) + 1} is not valid JSON" in problems[0].message
 
 
 def spoil(dataset):
@@ -136,9 +137,10 @@ def test_truncation_is_asked_for_and_counted(dataset, llama):
   records = good(6)
   records[2]["conversations"] = talk("<image>\nQ", "long " * 200)
   records[4]["conversations"] = talk("<image>\n" + "long " * 200, "A")
-  pipeline = make_pipeline(dataset(records, truncate=True, on_error="skip"), llama)
+  config = dataset(records, truncate=True, on_error="skip")
+  pipeline = make_pipeline(config, llama)
   assert pipeline.report.counts == {"no_target": 1} and pipeline.report.truncated == 2
-  row = pipeline.loader(2)
+  row = pipeline.loader.row([2], config.formats[0][0])
   assert row["truncated"] and row["segment_ids"].all() and not row["loss_mask"][-1]
   with pytest.raises(DataError, match="the cut took the answer"):
     make_pipeline(dataset(records, truncate=True), llama)

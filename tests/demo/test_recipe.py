@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from configs import demo
-from mgjax.data.sources import DataError, load_samples
+from mgjax.data.samples import DataError
+from mgjax.data.sources import load_samples
 from mgjax.demo import recipe
 from mgjax.evaluate.answers import answer_first_questions
 from mgjax.infer.chat import load_chat

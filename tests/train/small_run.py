@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from mgjax.data.pipeline import DataConfig
+from mgjax.data.config import DataConfig
 from mgjax.presets import find
 from mgjax.train.config import CheckpointConfig, MeshConfig, RunConfig
 from mgjax.train.optimizer import OptimizerConfig, Row

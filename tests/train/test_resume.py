@@ -16,7 +16,7 @@ from small_run import make_run
 from mgjax import checkpoint, trees
 from mgjax.checkpoint import CheckpointError
 from mgjax.config import ConfigError
-from mgjax.data.sources import DataError
+from mgjax.data.samples import DataError
 from mgjax.train import loop
 from mgjax.train.config import CheckpointConfig, MeshConfig
 from mgjax.train.loop import TrainingError, train
@@ -53,16 +53,16 @@ def test_resume_is_bit_identical(tmp_path, workers, monkeypatch):
 
 
 def stop_at(monkeypatch, step):
-  """Sends SIGTERM to this process as the batch of that step goes to the device."""
-  put, calls = loop.put, []
+  """Sends SIGTERM to this process before that step is done."""
+  usage, calls = loop.usage, []
 
-  def watched(batch, mesh):
+  def watched(batch, shape):  # called as a step's record is written
     calls.append(None)
-    if len(calls) == step:
+    if len(calls) == step - 1:
       os.kill(os.getpid(), signal.SIGTERM)
-    return put(batch, mesh)
+    return usage(batch, shape)
 
-  monkeypatch.setattr(loop, "put", watched)
+  monkeypatch.setattr(loop, "usage", watched)
 
 
 def test_accumulation_gives_the_exact_token_mean(tmp_path):
@@ -254,8 +254,8 @@ def test_mesh_and_batch_that_do_not_fit(tmp_path):
 def test_no_recompilation_after_the_first_step(tmp_path, monkeypatch):
   compiled, counts = [], []
   listener = lambda name, seconds, **kw: compiled.append(name) if "backend_compile" in name else 0
-  put = loop.put
-  monkeypatch.setattr(loop, "put", lambda *a: (counts.append(len(compiled)), put(*a))[1])
+  usage = loop.usage  # called as a step's record is written
+  monkeypatch.setattr(loop, "usage", lambda *a: (counts.append(len(compiled)), usage(*a))[1])
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
     train(make_run(tmp_path, steps=5), tmp_path / "run")
