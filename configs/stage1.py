@@ -4,8 +4,18 @@
         --config.init_from=checkpoints/start-7b
 
 A folder in place of the preset is a checkpoint whose model is trained: configs/stage1.py:DIR.
+Other data: --config.data.path=FILE --config.data.image_root=FOLDER.
 """
-from mgjax.train.recipes import ALIGN, base_config, preset_of
+import os
+
+from mgjax.train.recipes import (
+    ALIGN,
+    PRETRAIN_PARTS,
+    base_config,
+    packed_rows,
+    parts_of,
+    preset_of,
+)
 
 
 def get_config(preset: str = "mgm-7b"):
@@ -16,12 +26,15 @@ def get_config(preset: str = "mgm-7b"):
     raise ValueError(f"preset {preset!r}: high definition begins in stage 2; align its namesake "
                      f"without -hd here, and start configs/stage2.py:{preset} from that")
   config = base_config(preset)
-  config.data.path = "data/MGM-Pretrain/mgm_pretrain.json"
-  config.data.image_root = "data/MGM-Pretrain"
+  config.data.sources = parts_of(
+      "data/MGM-Pretrain/mgm_pretrain.json", "data/MGM-Pretrain", PRETRAIN_PARTS)
   config.data.template = chosen.align_template
   config.data.aspect = "square"
   config.data.truncate = True
-  config.data.batch_size = 256
+  config.data.workers = min(32, os.cpu_count())
+  config.data.batching = "packed"
+  config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, samples=256,
+                                 text=160))
   config.chat_aspect = "pad"
   config.optimizer.learning_rate = 1e-3
   config.optimizer.table = ALIGN

@@ -4,18 +4,41 @@
         --config.init_from=work_dirs/mgm-7b-stage1
 
 A folder in place of the preset is a checkpoint whose model is trained: configs/stage2.py:DIR.
+Other data: --config.data.path=FILE --config.data.image_root=FOLDER.
+
+configs/stage2.py:mgm-7b,mixed sees documents in high definition (672/1536, 2880 visual tokens) and
+everything else at 336/768: rows of one resolution share a batch, the two compiled steps take turns.
 """
-from mgjax.train.recipes import TUNE_TEXT, base_config, preset_of, tune
+import os
+
+from mgjax.train.recipes import (
+    FINETUNE_PARTS,
+    TUNE_TEXT,
+    base_config,
+    mix_resolutions,
+    packed_rows,
+    parts_of,
+    preset_of,
+    tune,
+)
 
 
-def get_config(preset: str = "mgm-7b"):
+def get_config(arg: str = "mgm-7b"):
+  preset, _, more = arg.partition(",")
+  if more not in ("", "mixed"):
+    raise ValueError(f"{arg!r}: expected a preset, or a preset and ',mixed'")
   chosen = preset_of(preset)
   config = base_config(preset)
-  config.data.path = "data/MGM-Finetune/mgm_instruction.json"
-  config.data.image_root = "data/MGM-Finetune"
+  config.data.sources = parts_of(
+      "data/MGM-Finetune/mgm_instruction.json", "data/MGM-Finetune", FINETUNE_PARTS)
   config.data.aspect = "pad"
   config.data.truncate = True
-  config.data.batch_size = 128
+  config.data.workers = min(32, os.cpu_count())
+  config.data.batching = "packed"
+  rows = dict(samples=128, text=288)
+  config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, **rows))
+  if more:
+    mix_resolutions(config, ("documents and charts", "OCR-VQA"), **rows)
   config.optimizer.table = tune(chosen.projector_multiplier) if chosen.model.vision else TUNE_TEXT
   config.checkpoint.every = 1000
   return config

@@ -34,7 +34,7 @@ class Resolution:
 class DataConfig:
   """What to read and how.  `hr_size` and `tokens_per_image` come from the model's config."""
 
-  path: str = ""                  # a data file (see `records.open_records`), or:
+  path: str = ""                  # a data file (see `records.open_records`); "" = sources
   image_root: str = ""            # the folder that its `image` paths are relative to
   template: str = "vicuna_v1"
   max_length: int = 2048          # of a sample, visual tokens included
@@ -50,10 +50,10 @@ class DataConfig:
   workers: int = 0                # processes that load; 0 = threads of this one
   threads: int = 4                # per process
   scan_limit: int = 50_000        # samples whose pictures are opened before step 1
-  sources: tuple[Source, ...] = ()  # a mixture, instead of path
+  sources: tuple[Source, ...] = ()  # a mixture; where path is given, that alone is read
   batching: str = "single"        # 'packed': several samples a row; 'single': one, in random order;
                                   # 'grouped': one, batches of one modality, short ones shorter
-  row_length: int = 0             # L of packed rows; 0 = max_length
+  row_length: int = 0             # L of packed rows; 0 = max_length, as in other batching
   buckets: tuple[int, ...] = ()   # grouped: lengths that batches may have, beside max_length
   resolutions: tuple[Resolution, ...] = ()  # other sizes of pictures, for sources that name them
 
@@ -70,15 +70,10 @@ class DataConfig:
       if resolution.hr_size in [r.hr_size for r in self.all_resolutions[:i]]:
         raise ConfigError(f"data: hr_size {resolution.hr_size} is there twice; give one of "
                           "data.resolutions another")
-    if self.batching != "packed" and any(r.row_length for r in self.all_resolutions):
-      raise ConfigError(f"data: row_length is for batching 'packed', not {self.batching!r}")
     if self.buckets and self.batching != "grouped":
       raise ConfigError(f"data: buckets are for batching 'grouped', not {self.batching!r}")
     if list(self.buckets) != sorted(set(self.buckets)) or any(b < 2 for b in self.buckets):
       raise ConfigError(f"data: buckets is {self.buckets}; expected rising lengths")
-    if self.sources and self.path:
-      raise ConfigError("data: path and sources are both given; write the path as one of the "
-                        "sources, or set config.data.path to ''")
     weighted = [s.label for s in self.sources if s.weight]
     if weighted and len(weighted) < len(self.sources):
       raise ConfigError(f"data: only {', '.join(weighted)} have a weight; give all sources one, or "
@@ -88,11 +83,11 @@ class DataConfig:
 
   @property
   def all_sources(self) -> tuple[Source, ...]:
-    """The mixture, or the one file.  Raises ConfigError where there is neither."""
+    """The one file, or else the mixture.  Raises ConfigError where there is neither."""
     if not (self.sources or self.path):
       raise ConfigError("data: nothing to read; set config.data.path (and config.data.image_root) "
                         "or config.data.sources")
-    return self.sources or (Source(self.path, self.image_root),)
+    return (Source(self.path, self.image_root),) if self.path else self.sources
 
   @property
   def all_resolutions(self) -> tuple[Resolution, ...]:
@@ -116,7 +111,8 @@ class DataConfig:
     """Shapes that batches of each resolution may have; the one that takes every sample first."""
     every = []
     for r in self.all_resolutions:
-      lengths = [r.row_length or r.max_length]
+      packed = self.batching == "packed"
+      lengths = [r.row_length if packed and r.row_length else r.max_length]
       slots = [r.images_per_row]
       if self.batching == "grouped":  # batches of text alone need no pictures
         lengths += [b for b in self.buckets if b < r.max_length]

@@ -1,9 +1,11 @@
 """Pictures: found, checked and opened safely, and brought to the one square the device gets."""
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -21,7 +23,8 @@ DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, MemoryError, Inde
 
 
 class ImageError(Exception):
-  """A picture that cannot be used: `kind` is missing_image, broken_image or path_escape."""
+  """A picture that cannot be used: `kind` is missing_image, broken_image, oversized_image or
+  path_escape."""
 
   def __init__(self, kind: str, message: str):
     super().__init__(kind, message)
@@ -31,22 +34,27 @@ class ImageError(Exception):
     return self.message
 
 
-def resolve_image(root: str | os.PathLike, relative: str) -> pathlib.Path:
+def resolve_image(root: str | os.PathLike, relative: str,
+                  real: Callable[[str], str] = os.path.realpath) -> pathlib.Path:
   """The file that a sample's `image` means, always below `root`.
 
   Absolute paths, `..` and links that lead out of `root` are refused.  Two habits of the released
   data are followed (R3.1): a missing OCR picture is looked for as .png, and both Visual Genome
-  folders are one folder `images`.  Raises ImageError (path_escape, missing_image).
+  folders are one folder `images`.  `real` gives the real path of a folder: for many pictures, one
+  that remembers.  Raises ImageError (path_escape, missing_image).
   """
   parts = pathlib.PurePath(relative)
   plain = relative.isprintable() and not parts.is_absolute() and ".." not in parts.parts
   if not relative or not plain:
     raise ImageError("path_escape", f"image path {relative!r} is not a plain path below the image "
                                     "folder; write it relative to the folder, without '..'")
-  base = os.path.realpath(root)
+  base = real(os.fspath(root))
   names = dict.fromkeys((relative, _alias(relative)))
   for name in names:
-    path = os.path.realpath(os.path.join(base, name))
+    folder, last = os.path.split(os.path.join(base, name))
+    path = os.path.join(real(folder), last)
+    if os.path.islink(path):
+      path = os.path.realpath(path)
     if os.path.commonpath((base, path)) != base:
       raise ImageError("path_escape", f"image {name!r} leads out of the image folder {base} (to "
                                       f"{path}); copy the file into the folder")
@@ -54,7 +62,7 @@ def resolve_image(root: str | os.PathLike, relative: str) -> pathlib.Path:
       return pathlib.Path(path)
   also = "".join(f", nor is {name!r}" for name in list(names)[1:])
   raise ImageError("missing_image", f"image {relative!r} is not in {base}{also}; fetch it, or set "
-                                    "config.data.image_root to the folder that holds it")
+                                    "image_root to the folder that holds it")
 
 
 def _alias(relative: str) -> str:
@@ -68,11 +76,18 @@ def check_header(source: str | os.PathLike | Picture, aspect: str = "pad", size:
                  name: str = "") -> tuple[int, int]:
   """(width, height) read from the header alone.
 
-  Raises ImageError (broken_image) for an empty file, for what is no picture, and for sizes that
-  would not fit in memory once decoded.
+  Raises ImageError: broken_image for an empty file and for what is no picture, oversized_image for
+  sizes that would not fit in memory once decoded.
   """
-  with _open(source, aspect, size, name) as image:
+  with open_image(source, aspect, size, name) as image:
     return image.size
+
+
+def check_pixels(source: str | os.PathLike | Picture, aspect: str = "pad", size: int = 0,
+                 name: str = "") -> None:
+  """Decodes a picture whole.  Raises what `load_image` would."""
+  with open_image(source, aspect, size, name) as image, _decoding(source, name):
+    image.convert("RGB")
 
 
 def load_image(source: str | os.PathLike | Picture, size: int, aspect: str,
@@ -80,21 +95,28 @@ def load_image(source: str | os.PathLike | Picture, size: int, aspect: str,
   """A picture as uint8 [size, size, 3]: see `square_pixels`.
 
   source: a path, or a Picture, which errors call `name`.
-  Raises ImageError (broken_image) naming the file and the reason.
+  Raises ImageError (broken_image, oversized_image) naming the file and the reason.
   """
-  with _open(source, aspect, size, name) as image:
-    try:
-      return square_pixels(image, size, aspect)
-    except DECODING_ERRORS as error:
-      raise ImageError("broken_image", f"{_name(source, name)}: cannot be decoded ({error}); fetch "
-                                       "the file again or remove the sample") from error
+  with open_image(source, aspect, size, name) as image, _decoding(source, name):
+    return square_pixels(image, size, aspect)
+
+
+@contextlib.contextmanager
+def _decoding(source, name):
+  try:
+    yield
+  except DECODING_ERRORS as error:
+    raise ImageError("broken_image", f"{_name(source, name)}: cannot be decoded ({error}); fetch "
+                                     "the file again or remove the sample") from error
 
 
 def _name(source, name) -> str:
   return name or ("picture" if isinstance(source, Picture) else str(source))
 
 
-def _open(source, aspect, size, name) -> Image.Image:
+def open_image(source: str | os.PathLike | Picture, aspect: str = "pad", size: int = 0,
+               name: str = "") -> Image.Image:
+  """A picture whose header has been read and found harmless; raises as `check_header`."""
   name = _name(source, name)
   try:
     if isinstance(source, np.ndarray):
@@ -109,16 +131,19 @@ def _open(source, aspect, size, name) -> Image.Image:
   except Image.UnidentifiedImageError as error:
     raise ImageError("broken_image", f"{name}: not a picture that can be read; expected one of "
                                      f"{', '.join(FORMATS)}") from error
-  except (*DECODING_ERRORS, Image.DecompressionBombWarning) as error:
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise ImageError("oversized_image", f"{name}: {error}; at most {MAX_PIXELS:,} pixels are "
+                                        "decoded; shrink the file") from error
+  except DECODING_ERRORS as error:
     raise ImageError("broken_image", f"{name}: cannot be opened ({error})") from error
   width, height = image.size
   resized = size * size * max(width, height) // min(width, height) if aspect == "square" else 0
   if max(width * height, resized) > MAX_PIXELS or max(width, height) > MAX_SIDE:
     image.close()
     then = f" ({resized:,} resized to cover a square; aspect 'pad' needs less)" if resized else ""
-    raise ImageError(
-        "broken_image", f"{name}: {width} x {height} pixels{then}; at most {MAX_PIXELS:,} pixels "
-                        f"and {MAX_SIDE:,} a side are decoded; shrink the file")
+    raise ImageError("oversized_image", f"{name}: {width} x {height} pixels{then}; at most "
+                                        f"{MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side are "
+                                        "decoded; shrink the file")
   return image
 
 

@@ -178,16 +178,23 @@ def _starts(sizes: Sequence[int]) -> np.ndarray:
 def pack(lengths: np.ndarray, images: np.ndarray, row_length: int, slots: int) -> list[list[int]]:
   """Samples into rows of at most `row_length` positions and `slots` pictures.
 
-  lengths, images int [n]; every sample must fit a row by itself.  Best fit, longest first: each
-  goes into the fullest row that still takes it.  Returns the samples of each row, as places in
-  `lengths`, in that order.
+  lengths, images int [n]; every sample must fit a row by itself.  Returns the samples of each row,
+  as places in `lengths`, in the better of two ways: best fit where rows are bounded by positions
+  or by pictures alone, matching where both bind.
   """
+  sizes, pictures = lengths.tolist(), images.tolist()
+  order = np.argsort(lengths, kind="stable").tolist()  # shortest first
+  ways = (way(sizes, pictures, order, row_length, slots) for way in (_best_fit, _matched))
+  return min(ways, key=len)
+
+
+def _best_fit(lengths, images, order, row_length, slots) -> list[list[int]]:
+  """Longest first, each into the fullest row that still takes it."""
   rows: list[list[int]] = []
   # Open rows by the slots that they have left: sorted (positions left, row).
   open_rows: list[list[tuple[int, int]]] = [[] for _ in range(slots + 1)]
-  sizes, pictures = lengths.tolist(), images.tolist()
-  for i in np.argsort(-lengths, kind="stable").tolist():
-    n, k = sizes[i], pictures[i]
+  for i in reversed(order):
+    n, k = lengths[i], images[i]
     best = None
     for left in range(k, slots + 1):
       at = bisect.bisect_left(open_rows[left], (n, -1))
@@ -201,6 +208,31 @@ def pack(lengths: np.ndarray, images: np.ndarray, row_length: int, slots: int) -
       rest, row = open_rows[left].pop(at)
       rows[row].append(i)
     bisect.insort(open_rows[left - k], (rest - n, row))
+  return rows
+
+
+def _matched(lengths, images, order, row_length, slots) -> list[list[int]]:
+  """Row by row: the longest, then for each slot that is left the longest that leaves the other
+  slots as much for a picture; text fills up.  Long and short thus share rows, and neither all that
+  is short nor all that is text is left for the end."""
+  pools: dict[int, list[tuple[int, int]]] = {}  # by number of pictures: sorted (length, sample)
+  for i in order:
+    pools.setdefault(images[i], []).append((lengths[i], i))
+  most_first = sorted(pools, reverse=True)
+  rows = []
+  while any(pools.values()):
+    k = max((k for k in most_first if pools[k]), key=lambda k: pools[k][-1][0])
+    n, i = pools[k].pop()
+    row, rest, left = [i], row_length - n, slots - k
+    for k in most_first:
+      pool = pools[k]
+      while pool and k <= left and pool[0][0] <= rest:
+        share = rest * k / left if k else rest
+        at = bisect.bisect_right(pool, (share, len(lengths)))
+        n, i = pool.pop(max(at - 1, 0))
+        row.append(i)
+        rest, left = rest - n, left - k
+    rows.append(row)
   return rows
 
 

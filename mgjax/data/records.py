@@ -13,7 +13,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgpack
 import numpy as np
@@ -31,14 +31,21 @@ Entry = tuple[object, tuple[Picture, ...]]  # a record (decoded JSON), its pictu
 
 
 class Records(Protocol):
-  """Random access to records; can be pickled, and read from several threads."""
+  """Random access to records; can be pickled, and read from several threads.
+
+  `records[i]` gives a record with its pictures, `records.text(i)` without them, which costs less.
+  """
 
   fingerprint: int  # differs where the records, or their order, do
+  embeds: bool      # whether pictures are part of the records
 
   def __len__(self) -> int:
     ...
 
   def __getitem__(self, index: int) -> Entry:
+    ...
+
+  def text(self, index: int) -> object:
     ...
 
 
@@ -65,16 +72,20 @@ class JsonRecords:
   starts: np.ndarray
   ends: np.ndarray
   fingerprint: int
+  embeds: ClassVar[bool] = False
 
   def __len__(self) -> int:
     return len(self.starts)
 
   def __getitem__(self, index: int) -> Entry:
+    return self.text(index), ()
+
+  def text(self, index: int) -> object:
     start, end = int(self.starts[index]), int(self.ends[index])
     try:
-      return json.loads(os.pread(self._file, end - start, start).decode("utf-8-sig")), ()
+      return json.loads(os.pread(self._file, end - start, start).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-      return BadRecord(f"the record at byte {start} is not valid JSON ({error})"), ()
+      return BadRecord(f"the record at byte {start} is not valid JSON ({error})")
 
   @functools.cached_property
   def _file(self) -> int:
@@ -230,35 +241,54 @@ def pack_record(record: dict, pictures: tuple[bytes, ...]) -> bytes:
 class ShardRecords:
   """ArrayRecord shards with pictures and conversations together."""
 
-  paths: tuple[str, ...]
+  full: tuple[str, ...]    # files with pictures
+  bare: tuple[str, ...]    # the same records without
   counts: tuple[int, ...]  # records of each
   fingerprint: int
+  embeds: ClassVar[bool] = True
 
   def __len__(self) -> int:
     return sum(self.counts)
 
   def __getitem__(self, index: int) -> Entry:
+    return self._read(self._with_pictures, index)
+
+  def text(self, index: int) -> object:
+    return self._read(self._without, index)[0]
+
+  def _read(self, source, index: int) -> Entry:
     try:
-      packed = msgpack.unpackb(self._source[index])
+      packed = msgpack.unpackb(source[index])
       return packed["record"], tuple(packed["pictures"])
     except Exception as error:  # the libraries raise of all kinds at damaged bytes
       return BadRecord(f"record {index + 1} of the shards cannot be read ({error}); make the shard "
                        "again"), ()
 
   @functools.cached_property
-  def _source(self):
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+  def _with_pictures(self):
+    return _array_records(self.full, self.counts)
 
-    @dataclasses.dataclass(frozen=True)
-    class Whole:  # with its length given, no file is opened before it is needed
-      filename: str
-      skip: int
-      take: int
-      examples_in_shard: int
-    return ArrayRecordDataSource([Whole(p, 0, n, n) for p, n in zip(self.paths, self.counts)])
+  @functools.cached_property
+  def _without(self):
+    return _array_records(self.bare, self.counts)
 
   def __getstate__(self):
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+  """Tells ArrayRecordDataSource how long a file is, so that it opens none before it is needed."""
+
+  filename: str
+  examples_in_shard: int
+  take: int
+  skip: int = 0
+
+
+def _array_records(paths, counts):
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
+  return ArrayRecordDataSource([_Whole(path, n, n) for path, n in zip(paths, counts) if n])
 
 
 def open_shards(folder: str) -> ShardRecords:
@@ -274,19 +304,24 @@ def open_shards(folder: str) -> ShardRecords:
   except (OSError, ImportError, ValueError) as error:  # epath: a bucket without its library
     raise DataError(f"{folder}: no {MANIFEST} can be read there ({error}); make the shards with "
                     "launch/prepare_data.py shards") from error
-  manifest = json.loads(text)
-  names, counts, sizes = ([s[k] for s in manifest["shards"]] for k in ("name", "records", "bytes"))
-  for name, size in zip(names, sizes):
-    shard = folder / name
-    found = shard.stat().length if shard.exists() else None
+  try:
+    shards = json.loads(text)["shards"]
+    full, bare = ([(folder / s[kind], s[size]) for s in shards]
+                  for kind, size in (("full", "bytes"), ("text", "text_bytes")))
+    counts = tuple(int(s["records"]) for s in shards)
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f"{folder / MANIFEST}: is no list of shards ({type(error).__name__}: {error}); "
+                    "remove it and run launch/prepare_data.py shards again") from error
+  for path, size in [*full, *bare]:
+    found = path.stat().length if path.exists() else None
     if found != size:
-      told = "is missing" if found is None else f"has {found:,} bytes, expected {size:,}: cut short"
-      raise DataError(f"{shard}: {told}; run launch/prepare_data.py shards again, it makes what is "
-                      "missing")
+      told = "is missing" if found is None else f"has {found:,} bytes, expected {size:,}"
+      raise DataError(f"{path}: {told}; fetch it again, or run "
+                      "launch/prepare_data.py shards again: it makes what is not whole")
   if not sum(counts):
     raise DataError(f"{folder}: no samples in its shards")
-  return ShardRecords(tuple(str(folder / name) for name in names), tuple(counts),
-                      zlib.crc32(text.encode()))
+  names = lambda files: tuple(str(path) for path, _ in files)
+  return ShardRecords(names(full), names(bare), counts, zlib.crc32(text.encode()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,16 +332,20 @@ class TfdsRecords:
   split: str
   adapter: str
   fingerprint: int
+  embeds: ClassVar[bool] = True
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Entry:
     try:
-      return self._adapt(self._source[index])
+      return self._adapt(self._source[index])  # one that fails is a bad record, whatever it raises
     except (KeyError, TypeError, ValueError, IndexError) as error:
       told = f"adapter {self.adapter} cannot use it ({type(error).__name__}: {error})"
       return BadRecord(told), ()
+
+  def text(self, index: int) -> object:
+    return self[index][0]
 
   @functools.cached_property
   def _adapt(self) -> Callable[[dict], Entry]:

@@ -3,14 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mgjax.data.config import DataConfig
 from mgjax.data.conversation import control_tokens, get_template, render
-from mgjax.data.images import ImageError, check_header, load_image, resolve_image
+from mgjax.data.images import ImageError, load_image, resolve_image
 from mgjax.data.packing import Format
 from mgjax.data.samples import Problem, Sample, check_structure, prepare_turns
 from mgjax.data.sources import SampleSet, Source
@@ -31,9 +31,10 @@ class Loader:
   tokenizer: Tokenizer
   samples: SampleSet
 
-  def read(self, number: int) -> tuple[Sample, Problem | None]:
-    """A sample, and what is wrong with it by itself, its files and its length aside."""
-    sample, problem = self.samples.read(number)
+  def read(self, number: int, pictures: bool = True) -> tuple[Sample, Problem | None]:
+    """A sample, and what is wrong with it by itself, its files and its length aside.  pictures:
+    those that lie in the data file itself are read as well."""
+    sample, problem = self.samples.read(number, pictures)
     if problem:
       return sample, problem
     found = check_structure(sample, self._template, self.resolution(number).images_per_row)
@@ -44,23 +45,14 @@ class Loader:
         break
     return sample, self._problem(number, sample, found)
 
-  def picks(self, number: int, sample: Sample) -> bool:
-    """Whether the sample's source takes it."""
-    pick = self._source(number).pick
-    return not pick or re.search(pick, sample.images[0] if sample.images else "") is not None
-
   def measure(self, numbers: Sequence[int], samples: Sequence[Sample]) -> list[int]:
     """Positions that each sample takes, visual tokens included, before any cut."""
-    texts, owner, base = [], [], []
-    for i, (number, sample) in enumerate(zip(numbers, samples)):
-      pieces = text_pieces(self._segments(sample), bool(sample.images))
-      texts += pieces
-      owner += [i] * len(pieces)
-      base.append((len(pieces) - 1) * self.resolution(number).tokens_per_image
-                  + self.tokenizer.adds_bos)
-    lengths = np.array(base, np.int64)
-    np.add.at(lengths, np.array(owner, int), np.array(self.tokenizer.count(texts), np.int64))
-    return lengths.tolist()
+    split = [text_pieces(self._segments(sample), bool(sample.images)) for sample in samples]
+    texts = list({text: None for pieces in split for text in pieces})  # many begin alike
+    count = dict(zip(texts, self.tokenizer.count(texts)))
+    return [self.tokenizer.adds_bos + sum(count[text] for text in pieces)
+            + (len(pieces) - 1) * self.resolution(number).tokens_per_image
+            for number, pieces in zip(numbers, split)]
 
   def judge_length(self, number: int, sample: Sample, length: int) -> Problem | None:
     """What is wrong with a sample of that length (see `measure`), given what may be cut off."""
@@ -86,12 +78,20 @@ class Loader:
       return None, ("no_target", f"no tokens to learn{cut}")
     return text, None
 
-  def check_files(self, number: int, sample: Sample, headers: bool) -> Problem | None:
-    """Whether the sample's pictures are there and, with `headers`, can be opened."""
+  def check_files(self, number: int, sample: Sample,
+                  check: Callable | None = None) -> Problem | None:
+    """Whether the sample's pictures are there and pass `check`: `images.check_header` or
+    `check_pixels`.  Remembers where folders lie."""
+    if self.samples.embeds(number):
+      if not check:
+        return None
+      sample, problem = self.samples.read(number)
+      if problem:
+        return problem
     try:
-      for source, name in self._pictures(number, sample):
-        if headers:
-          check_header(source, self.config.aspect, self.resolution(number).hr_size, name)
+      for source, name in self._pictures(number, sample, self._real):
+        if check:
+          check(source, self.config.aspect, self.resolution(number).hr_size, name)
     except ImageError as error:
       return self._problem(number, sample, (error.kind, error.message))
     return None
@@ -156,20 +156,25 @@ class Loader:
   def _segments(self, sample: Sample):
     return render(self._template, prepare_turns(sample))
 
-  def _pictures(self, number: int, sample: Sample):
+  def _pictures(self, number: int, sample: Sample, real=os.path.realpath):
     """(path or Picture, what errors call it) of each image."""
-    if sample.images and sample.pictures:
+    if self.samples.embeds(number):
       if len(sample.images) != len(sample.pictures):
         raise ImageError("missing_image", f"{len(sample.images)} images are named, but the record "
                                           f"holds {len(sample.pictures)} pictures")
       return list(zip(sample.pictures, sample.images))
-    return [(resolve_image(self._source(number).image_root, image), "") for image in sample.images]
+    root = self._source(number).image_root
+    return [(resolve_image(root, image, real), "") for image in sample.images]
 
   def _problem(self, number: int, sample: Sample,
                found: tuple[str, str] | None) -> Problem | None:
     if not found:
       return None
     return Problem(found[0], self._source(number).label, sample.index, sample.id, found[1])
+
+  @functools.cached_property
+  def _real(self):
+    return functools.lru_cache(65_536)(os.path.realpath)
 
   @functools.cached_property
   def _template(self):

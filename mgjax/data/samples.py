@@ -17,6 +17,8 @@ from mgjax.data.conversation import (
 )
 from mgjax.data.images import Picture
 
+UNNAMED = "?"  # the id of a record that has none and is no sample
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -37,7 +39,7 @@ class Problem:
   """Why a sample cannot be trained on.
 
   `kind` is one of: format, roles, empty_answer, plain_turns, image_count, control_token,
-  path_escape, missing_image, broken_image, too_long, no_target, broken_shard.
+  path_escape, missing_image, broken_image, oversized_image, too_long, no_target.
   """
 
   kind: str
@@ -110,7 +112,7 @@ def to_sample(index: int, record: object, pictures: tuple[Picture, ...] = ()) ->
 
 def name_of(record: object) -> str:
   """What identifies a record that may be no sample."""
-  return str(record.get("id", "?")) if isinstance(record, dict) else "?"
+  return str(record.get("id", UNNAMED)) if isinstance(record, dict) else UNNAMED
 
 
 def prepare_turns(sample: Sample) -> list[Turn]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import multiprocessing
-import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from mgjax.config import ConfigError
+from mgjax.data.images import check_header, check_pixels
 from mgjax.data.rows import Loader
-from mgjax.data.samples import DataError, Problem
+from mgjax.data.samples import UNNAMED, DataError, Problem, Sample
 
 CHUNK = 1024  # samples that one task looks at
+LOOKS = {"none": None, "headers": check_header, "decode": check_pixels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,13 @@ class Scan:
   kept: np.ndarray       # int64 [K]: their numbers
   lengths: np.ndarray    # int32 [N]: positions that a sample takes once it is cut; 0 if not kept
   images: np.ndarray     # int16 [N]
-  ids: np.ndarray        # uint32 [N]: hash of what the sample says its id is
-  text: np.ndarray       # int32 [N]: its length without visual tokens, before any cut
-  picked: np.ndarray     # bool [N]: whether the source takes it at all
+  ids: np.ndarray        # uint64 [N]: hash of what the sample says its id is; 0: it cannot be read
+  text: np.ndarray       # int32 [N]: its length without visual tokens, before any cut; 0 if its
+                         # structure is wrong, or a picture
   problems: tuple[Problem, ...]
+  numbers: np.ndarray    # int64 [P]: whose these are
+  late: tuple[Problem, ...]  # found by looking closer than a run does before its first step
+  late_numbers: np.ndarray
   checked_in_depth: int  # samples whose pictures were opened as well
   truncated: int         # samples that will lose their end
 
@@ -36,31 +42,37 @@ class Scan:
     return dict(collections.Counter(p.kind for p in self.problems))
 
 
-def scan(loader: Loader, *, processes: int = 0,
+def scan(loader: Loader, *, processes: int = 0, images: str = "",
          progress: Callable[[int], None] = lambda done: None) -> Scan:
   """Looks at every sample: its structure, its length, whether its pictures are there.
 
   The pictures' headers are opened for `scan_limit` samples, evenly spaced.  processes: how many
-  share the work; 0 = this one alone.  progress is called with the number of samples done.
-  Raises DataError if one of them is killed.
+  share the work; 0 = this one alone.  images: 'headers' opens those of the others too, 'decode'
+  decodes all pictures, both after everything else; 'none' does not even look for the files.
+  progress is called with the number of samples done.  Raises DataError if one of them is killed.
   """
+  if images and images not in LOOKS:
+    raise ConfigError(f"images is {images!r}, expected one of {', '.join(LOOKS)}")
   total = len(loader.samples)
   if not total:
     raise DataError("no samples in any of the sources")
-  limit = loader.config.scan_limit
+  limit = 0 if images == "none" else loader.config.scan_limit
   deep = np.zeros(total, bool)
   deep[np.linspace(0, total - 1, min(limit, total), dtype=int)] = True
   spans = [(at, min(total, at + CHUNK)) for at in range(0, total, CHUNK)]
-  looked = _look_at_all(_Looker(loader, deep), spans, processes)
-  parts, problems = [], []
-  for (arrays, found), (_, end) in zip(looked, spans):
+  looked = _look_at_all(_Looker(loader, deep, images), spans, processes)
+  parts, problems, late = [], {}, {}
+  for (arrays, found, found_late), (_, end) in zip(looked, spans):
     parts.append(arrays)
-    problems += found
+    problems |= found
+    late |= found_late
     progress(end)
   all_of = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+  numbers = lambda found: np.fromiter(found, np.int64, len(found))
   return Scan(np.flatnonzero(all_of["lengths"]), all_of["lengths"], all_of["images"],
-              all_of["ids"], all_of["text"], all_of["picked"], tuple(problems),
-              int((deep & all_of["picked"]).sum()), int(all_of["truncated"].sum()))
+              all_of["ids"], all_of["text"], tuple(problems.values()), numbers(problems),
+              tuple(late.values()), numbers(late),
+              total if LOOKS.get(images) else int(deep.sum()), int(all_of["truncated"].sum()))
 
 
 def _look_at_all(look: _Looker, spans, processes) -> Iterator:
@@ -85,41 +97,53 @@ def _look_at_all(look: _Looker, spans, processes) -> Iterator:
 
 
 class _Looker:
-  """(first, end) -> arrays of these samples, and their problems."""
+  """(first, end) -> arrays of these samples, their problems by number, and the late ones."""
 
-  def __init__(self, loader: Loader, deep: np.ndarray):
-    self._loader, self._deep = loader, deep
+  def __init__(self, loader: Loader, deep: np.ndarray, images: str):
+    self._loader, self._deep, self._images = loader, deep, images
 
   def __call__(self, span: tuple[int, int]):
-    loader, numbers = self._loader, range(*span)
-    n = len(numbers)
-    arrays = {"lengths": np.zeros(n, np.int32), "images": np.zeros(n, np.int16),
-              "ids": np.zeros(n, np.uint32), "text": np.zeros(n, np.int32),
-              "picked": np.ones(n, bool), "truncated": np.zeros(n, bool)}
-    problems: dict[int, Problem] = {}
-    good = []
-    for at, number in enumerate(numbers):
-      sample, problem = loader.read(number)
-      arrays["ids"][at] = zlib.crc32(sample.id.encode(errors="replace"))
-      if not loader.picks(number, sample):
-        arrays["picked"][at] = False
-        continue
-      arrays["images"][at] = min(len(sample.images), 32767)
-      problem = problem or loader.check_files(number, sample, bool(self._deep[number]))
-      if problem:
-        problems[at] = problem
-      else:
-        good.append((at, number, sample))
-    lengths = loader.measure([g[1] for g in good], [g[2] for g in good])
-    for (at, number, sample), length in zip(good, lengths):
-      resolution = loader.resolution(number)
-      arrays["text"][at] = length - len(sample.images) * resolution.tokens_per_image
-      if problem := loader.judge_length(number, sample, length):
-        problems[at] = problem
-      else:
-        arrays["lengths"][at] = min(length, resolution.max_length)
-      arrays["truncated"][at] = loader.config.truncate and length > resolution.max_length
-    return arrays, [problems[at] for at in sorted(problems)]
+    loader, begin = self._loader, span[0]
+    samples: list[Sample] = []
+    problems: dict[int, Problem | None] = {}
+    for number in range(*span):
+      sample, problem = loader.read(number, pictures=False)
+      if not problem and self._images != "none":
+        problem = loader.check_files(number, sample, check_header if self._deep[number] else None)
+      samples.append(sample)
+      problems[number] = problem
+    good = [number for number in problems if not problems[number]]
+    measured = loader.measure(good, [samples[number - begin] for number in good])
+    text, lengths, truncated = (np.zeros(len(samples), t) for t in (np.int32, np.int32, bool))
+    late = {}
+    for number, length in zip(good, measured):
+      at = number - begin
+      sample, resolution = samples[at], loader.resolution(number)
+      text[at] = length - len(sample.images) * resolution.tokens_per_image
+      truncated[at] = loader.config.truncate and length > resolution.max_length
+      problems[number] = loader.judge_length(number, sample, length)
+      if not problems[number]:
+        lengths[at] = min(length, resolution.max_length)
+        if found := self._look_closer(number, sample):
+          late[number] = found
+    arrays = {"lengths": lengths, "text": text, "truncated": truncated,
+              "images": np.array([min(len(s.images), 32767) for s in samples], np.int16),
+              "ids": np.array([_hash(s.id) for s in samples], np.uint64)}
+    return arrays, {number: p for number, p in problems.items() if p}, late
+
+  def _look_closer(self, number: int, sample: Sample) -> Problem | None:
+    look = LOOKS.get(self._images)
+    if not (look and sample.images) or look is check_header and self._deep[number]:
+      return None
+    return self._loader.check_files(number, sample, look)
+
+
+def _hash(name: str) -> int:
+  """64 bits: among a million ids two that differ agree once in 37 million files."""
+  if name == UNNAMED:
+    return 0
+  data = name.encode(errors="replace")
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 _looker: _Looker | None = None  # of this process of the pool

@@ -28,7 +28,8 @@ class Source:
   epochs: float = 1.0    # how often a run's epoch goes through it; 0.5: another half each time
   weight: float = 0.0    # instead of epochs, in all sources: its share of the samples
   hr_size: int = 0       # resolution of its pictures, one of data.resolutions; 0 = the model's own
-  pick: str = ""         # regular expression: only samples whose first image path (or "") has it
+  pick: str = ""         # regular expression: of its file, only the samples whose first image path
+                         # ("" without one) has it and that no earlier source of the file took
   adapter: str = ""      # of a TFDS data set: 'module:function', see adapters.py
 
   def __post_init__(self):
@@ -49,15 +50,17 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSet(Sequence):
-  """All records of all sources, usable or not, numbered through."""
+  """All samples of all sources, usable or not, numbered through."""
 
   sources: tuple[Source, ...]
   records: tuple[Records, ...]
+  taken: tuple[np.ndarray | None, ...]  # int64: which records each source takes; None: all
 
   @functools.cached_property
   def starts(self) -> list[int]:
     """Number of the first sample of each source, and of all."""
-    return [0, *itertools.accumulate(len(r) for r in self.records)]
+    sizes = (len(r if t is None else t) for r, t in zip(self.records, self.taken))
+    return [0, *itertools.accumulate(sizes)]
 
   def __len__(self) -> int:
     return self.starts[-1]
@@ -65,12 +68,15 @@ class SampleSet(Sequence):
   def locate(self, number: int) -> tuple[int, int]:
     """(which source, which of its records)."""
     k = bisect.bisect_right(self.starts, number) - 1
-    return k, number - self.starts[k]
+    at = number - self.starts[k]
+    return k, at if self.taken[k] is None else int(self.taken[k][at])
 
-  def read(self, number: int) -> tuple[Sample, Problem | None]:
-    """A sample; an empty one and the reason where the record is none."""
+  def read(self, number: int, pictures: bool = True) -> tuple[Sample, Problem | None]:
+    """A sample; an empty one and the reason where the record is none.  pictures: those that lie in
+    the data file itself are read as well."""
     k, index = self.locate(number)
-    record, pictures = self.records[k][index]
+    records = self.records[k]
+    record, pictures = records[index] if pictures else (records.text(index), ())
     try:
       return to_sample(index, record, pictures), None
     except ValueError as error:
@@ -78,12 +84,18 @@ class SampleSet(Sequence):
       return empty, Problem("format", self.sources[k].label, index, empty.id, str(error))
 
   def __getitem__(self, number: int) -> Sample:
-    return self.read(range(len(self))[number])[0]
+    return self.read(range(len(self))[number], pictures=False)[0]
+
+  def embeds(self, number: int) -> bool:
+    """Whether a sample's pictures lie in the data file itself."""
+    return self.records[self.locate(number)[0]].embeds
 
   @property
   def fingerprint(self) -> int:
     """Differs where the samples, or their order, do."""
-    return zlib.crc32(" ".join(str(r.fingerprint) for r in self.records).encode())
+    told = [(r.fingerprint, None if t is None else zlib.crc32(t.tobytes()))
+            for r, t in zip(self.records, self.taken)]
+    return zlib.crc32(repr(told).encode())
 
 
 def open_sources(sources: Sequence[Source]) -> SampleSet:
@@ -93,7 +105,26 @@ def open_sources(sources: Sequence[Source]) -> SampleSet:
     key = source.path, source.adapter
     if key not in opened:
       opened[key] = open_records(*key)
-  return SampleSet(tuple(sources), tuple(opened[s.path, s.adapter] for s in sources))
+  taken: list[np.ndarray | None] = [None] * len(sources)
+  for key, records in opened.items():
+    mine = [k for k, s in enumerate(sources) if (s.path, s.adapter) == key]
+    if any(sources[k].pick for k in mine):
+      choice = _choose(records, [re.compile(sources[k].pick) for k in mine])
+      for place, k in enumerate(mine):
+        taken[k] = np.flatnonzero(choice == place)
+  return SampleSet(tuple(sources), tuple(opened[s.path, s.adapter] for s in sources), tuple(taken))
+
+
+def _choose(records: Records, picks: Sequence[re.Pattern]) -> np.ndarray:
+  """For each record the first pattern that its first image path has, -1 = none: int8 [N]."""
+  choice = np.zeros(len(records), np.int8)
+  for i in range(len(records)):
+    record = records.text(i)
+    image = record.get("image") if isinstance(record, dict) else None
+    image = image[0] if isinstance(image, list) and image else image
+    choice[i] = next((k for k, pick in enumerate(picks)
+                      if pick.search(image if isinstance(image, str) else "")), -1)
+  return choice
 
 
 def load_samples(path: str | os.PathLike) -> tuple[list[Sample], list[Problem]]:

@@ -304,6 +304,9 @@ def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int
   for use in data.planner.use(0):
     logging.info("an epoch has %d batches of %s: %.1f %% of the positions filled, %.1f %% of the "
                  "image slots", use.batches, use.format, 100 * use.tokens, 100 * use.images)
+    if use.images < 0.6:
+      logging.warning("most image slots are empty, and cost as much as full ones: lower "
+                      "images_per_row; launch/check_data.py shows what fits")
   logging.info("training %s; frozen %.2f M; %d samples, %d steps", parts,
                count(abstract.frozen) / 1e6, len(data.report.kept), steps)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from ml_collections import ConfigDict, config_dict
 
 from mgjax.checkpoint import read_run
-from mgjax.config import ModelConfig, build
+from mgjax.config import ConfigError, ModelConfig, build
 from mgjax.data.config import DataConfig
+from mgjax.data.sources import Source
 from mgjax.presets import PRESETS, Preset, find
 from mgjax.train.config import RunConfig
 
@@ -24,6 +25,44 @@ def tune(projector: float = 1.0):
 
 # The table of a language model alone.
 TUNE_TEXT = (("^decoder/", 1.0),)
+
+
+# The parts of the released mixtures (R7), by the folder that their pictures lie in; the rest last.
+PRETRAIN_PARTS = (("LLaVA-Pretrain", "^images/"), ("ALLaVA-4V", "^ALLaVA-4V/"), ("other", ""))
+FINETUNE_PARTS = (
+    ("text alone", "^$"), ("documents and charts", "^(docvqa|chartqa|dvqa|ai2d)/"),
+    ("COCO", "^coco/"), ("GQA", "^gqa/"), ("OCR-VQA", "^ocr_vqa/"), ("Visual Genome", "^vg/"),
+    ("ShareGPT4V", "^(llava|sam|share_textvqa|wikiart|web-celebrity|web-landmark)/"),
+    ("LAION-GPT-4V", "^gpt4v-dataset/"), ("ALLaVA-4V", "^ALLaVA-4V/"), ("other", ""))
+
+
+def parts_of(path: str, image_root: str, parts, **more) -> tuple[Source, ...]:
+  """A released data file as a mixture of its parts; more: fields that all of them have."""
+  return tuple(Source(path, image_root, name, pick=pick, **more) for name, pick in parts)
+
+
+def packed_rows(tokens_per_image: int, max_length: int, *, samples: int, text: int) -> dict:
+  """Fields of packed rows, for about `samples` a step: room for a few pictures (2 to 4) with `text`
+  tokens each, on average.  launch/check_data.py says how well they are filled, and what would be
+  better."""
+  images = 0 if not tokens_per_image else 4 if tokens_per_image <= 1024 else 2
+  length = -(-images * (tokens_per_image + text) // 128) * 128  # the TPU's lanes
+  return {"row_length": max(length, max_length), "images_per_row": images,
+          "batch_size": samples // max(images, 4 - images)}
+
+
+def mix_resolutions(config: ConfigDict, names: tuple[str, ...], **rows) -> None:
+  """Gives the sources of these names the pictures of the -hd model, in batches of their own; rows:
+  as for `packed_rows`."""
+  model = build(ModelConfig, config.model.to_dict(), "config.model")
+  if model.grid > 1:
+    raise ConfigError("the model is in high definition already; take its preset without -hd")
+  hd, longest = model.at(2 * model.hr_size), 2 * config.data.max_length
+  config.data.sources = tuple(
+      dataclasses.replace(source, hr_size=hd.hr_size) if source.name in names else source
+      for source in config.data.sources)
+  config.data.resolutions = ({"hr_size": hd.hr_size, "max_length": longest}
+                             | packed_rows(hd.visual_tokens, longest, **rows),)
 
 
 def preset_of(name: str) -> Preset:

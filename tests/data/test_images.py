@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from mgjax.data.images import (
     PAD_COLOUR,
     ImageError,
     check_header,
+    check_pixels,
     load_image,
     resolve_image,
     square_pixels,
@@ -119,9 +121,10 @@ def broken(folder, name):
     ("empty.jpg", "file is empty"), ("text.jpg", "not a picture"), ("cut.jpg", "truncated"),
     ("cut.png", "cannot be decoded")])
 def test_broken_files_are_named(tmp_path, name, reason):
-  with pytest.raises(ImageError, match=reason) as caught:
-    load_image(broken(tmp_path, name), 32, "pad")
-  assert caught.value.kind == "broken_image" and name in str(caught.value)
+  for look in (lambda p: load_image(p, 32, "pad"), check_pixels):
+    with pytest.raises(ImageError, match=reason) as caught:
+      look(broken(tmp_path, name))
+    assert caught.value.kind == "broken_image" and name in str(caught.value)
 
 
 def bomb(path, side):
@@ -140,8 +143,9 @@ def test_bombs_are_refused_from_the_header(tmp_path):
   assert os.path.getsize(tmp_path / "bomb.png") < 2**20
   tracemalloc.start()
   for look in (check_header, lambda p: load_image(p, 32, "pad")):
-    with pytest.raises(ImageError, match="bomb.png"):
+    with pytest.raises(ImageError, match="bomb.png") as caught:
       look(tmp_path / "bomb.png")
+    assert caught.value.kind == "oversized_image"
   assert tracemalloc.get_traced_memory()[1] < 50e6
   tracemalloc.stop()
 
@@ -150,8 +154,9 @@ def test_bombs_are_refused_from_the_header(tmp_path):
 def test_sizes_that_explode_when_resized(tmp_path):
   Image.new("L", (1, 20_000)).save(tmp_path / "thin.png")
   assert check_header(tmp_path / "thin.png", "pad", 768) == (1, 20_000)
-  with pytest.raises(ImageError, match=f"at most {MAX_PIXELS:,} pixels"):
+  with pytest.raises(ImageError, match=f"at most {MAX_PIXELS:,} pixels") as caught:
     check_header(tmp_path / "thin.png", "square", 768)
+  assert caught.value.kind == "oversized_image"
   bomb(tmp_path / "large.png", 9_500)  # Pillow alone would only warn
   with pytest.raises(ImageError, match="9500 x 9500 pixels"):
     check_header(tmp_path / "large.png")
@@ -170,15 +175,24 @@ def test_paths_stay_below_the_root(tmp_path):
   (root / "link.png").symlink_to(tmp_path / "secret.png")
   (root / "sibling.png").symlink_to(tmp_path / "images2/b.png")
   (root / "inside.png").symlink_to(root / "sub/a.png")
-  assert resolve_image(root, "sub/a.png") == (root / "sub/a.png").resolve()
-  assert resolve_image(root, "inside.png").name == "a.png"
+  (root / "out").symlink_to(tmp_path)
+  remembering = functools.lru_cache(os.path.realpath)
+  for real in (os.path.realpath, remembering, remembering):
+    refuse_what_is_outside(root, real)
+
+
+def refuse_what_is_outside(root, real):
+  tmp_path = root.parent
+  assert resolve_image(root, "sub/a.png", real) == (root / "sub/a.png").resolve()
+  assert resolve_image(root, "inside.png", real).name == "a.png"
   for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "sibling.png",
-               "sub/../../secret.png", "sub/../sub/a.png", "../images2/b.png", ""):
+               "sub/../../secret.png", "sub/../sub/a.png", "../images2/b.png", "",
+               "out/secret.png", "out/images2/b.png"):
     with pytest.raises(ImageError) as caught:
-      resolve_image(root, path)
+      resolve_image(root, path, real)
     assert caught.value.kind == "path_escape", path
   with pytest.raises(ImageError) as caught:
-    resolve_image(root, "sub/none.png")
+    resolve_image(root, "sub/none.png", real)
   assert caught.value.kind == "missing_image" and "none.png" in str(caught.value)
 
 

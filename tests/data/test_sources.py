@@ -93,13 +93,13 @@ def test_a_bad_line_keeps_its_place(tmp_path):
 
 
 def spoil(dataset):
-  """40 records, seven of them bad in ways that show before training."""
+  """40 records, ten of them bad in ways that show before training."""
   folder, records = dataset.images, good(40)
   (folder / "empty.png").touch()
   (folder / "text.jpg").write_text("not found")
   Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
   for i, name in [(1, "gone.png"), (4, "empty.png"), (7, "text.jpg"), (10, "bomb.png"),
-                  (13, "../../etc/passwd")]:
+                  (13, "../../etc/passwd"), (28, "text.jpg")]:
     records[i]["image"] = name
   records[16]["conversations"] = talk("<image>\nQ", "long " * 200)
   records[19]["conversations"] = talk("<image>\nQ", "")
@@ -109,8 +109,8 @@ def spoil(dataset):
 
 
 pillow_warns_too = pytest.mark.filterwarnings("ignore:Image size")
-KINDS = {"missing_image": 1, "broken_image": 3, "path_escape": 2, "too_long": 1,
-         "empty_answer": 1, "control_token": 1}
+KINDS = {"missing_image": 1, "broken_image": 3, "oversized_image": 1, "path_escape": 2,
+         "too_long": 1, "empty_answer": 1, "control_token": 1}
 
 
 @pillow_warns_too
@@ -119,10 +119,10 @@ def test_stop_lists_kinds_and_the_first_few(dataset, llama):
   with pytest.raises(DataError) as caught:
     make_pipeline(config, llama)
   text = str(caught.value)
-  assert "9 of 40 samples" in text and "broken_image 3" in text
+  assert "10 of 40 samples" in text and "broken_image 3" in text
   assert "--config.data.on_error=skip" in text
   assert f"{config.path} #1 (id s1): missing_image" in text and "and 1 more" in text
-  assert all(kind in text for kind in KINDS) and len(caught.value.problems) == 9
+  assert all(kind in text for kind in KINDS) and len(caught.value.problems) == 10
 
 
 @pillow_warns_too
@@ -130,7 +130,7 @@ def test_skip_counts_and_leaves_the_rest(dataset, llama):
   pipeline = make_pipeline(dataset(spoil(dataset), on_error="skip"), llama)
   assert pipeline.report.counts == KINDS
   assert pipeline.report.kept.tolist() == [i for i in range(40)
-                                           if i not in range(1, 28, 3)]
+                                           if i not in range(1, 31, 3)]
 
 
 def test_truncation_is_asked_for_and_counted(dataset, llama):
