@@ -5,7 +5,6 @@
 
 A workdir that exists is resumed.  SIGTERM saves and exits with 0.
 """
-import re
 import sys
 
 from absl import app, flags, logging
@@ -24,6 +23,7 @@ def main(argv):
     import jax
     jax.distributed.initialize()
   from mgjax.checkpoint import CheckpointError
+  from mgjax.command import last_line
   from mgjax.config import ConfigError
   from mgjax.data.samples import DataError
   from mgjax.train.config import run_config
@@ -49,19 +49,11 @@ def main(argv):
 
 def parse(argv):
   """Flags and config file; what does not fit is one line."""
+  from mgjax.command import last_line
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
     sys.exit(f"error: {last_line(e)}")
-
-
-def last_line(e: Exception) -> str:
-  """What a config file raises comes inside a whole traceback: its last line tells."""
-  text = str(e)
-  if text[:1] == text[-1:] == "'":  # a KeyError quotes its message
-    text = text[1:-1].replace("\\n", "\n")
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  return re.sub(r"^[a-zA-Z_.]*Error: ", "", lines[-1])
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _settings(config: ShardConfig, samples: SampleSet) -> dict:
 
 def _check_folder(output: Path, settings: dict) -> None:
   before = _read(output / SETTINGS)
-  if before and before != settings:
+  if before and before != settings and list((output / DONE).glob("*.json")):
     changed = [f"{k} was {before.get(k)} and is {settings.get(k)}"
                for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
     raise ConfigError(f"{output} holds shards of something else: {'; '.join(changed)}.  Choose "

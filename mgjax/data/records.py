@@ -174,8 +174,8 @@ def _elements(file, at: int) -> Iterator[tuple[int, int]]:
     while True:
       try:
         _, end = parse(text.buffer, text.position)
-        if end < len(text.buffer) or not text.more():
-          break  # a number could go on behind the buffer's end
+        if text.buffer[end:end + 1] in tuple(" \t\r\n,]") or not text.more():
+          break  # else a number could go on behind the buffer's end
       except ValueError:
         if len(text.buffer) - text.position > LONGEST_RECORD or not text.more():
           raise
