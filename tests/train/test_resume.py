@@ -16,7 +16,9 @@ from small_run import make_run
 from mgjax import checkpoint, trees
 from mgjax.checkpoint import CheckpointError
 from mgjax.config import ConfigError
+from mgjax.data.config import Resolution
 from mgjax.data.samples import DataError
+from mgjax.data.sources import Source
 from mgjax.train import loop
 from mgjax.train.config import CheckpointConfig, MeshConfig
 from mgjax.train.loop import TrainingError, train
@@ -50,6 +52,31 @@ def test_resume_is_bit_identical(tmp_path, workers, monkeypatch):
   same(saved(straight, 4), saved(broken, 4))
   lines = [json.loads(x) for x in (broken / "metrics.jsonl").read_text().splitlines()]
   assert [x["step"] for x in lines] == [1, 2, 3, 4]
+
+
+def test_a_mixed_packed_run_resumes_bit_identical(tmp_path, monkeypatch):
+  """Two resolutions, two compiled steps: stopped between them."""
+  config = make_run(tmp_path, steps=6)
+  path, root = config.data.path, config.data.image_root
+  config = dataclasses.replace(config, data=dataclasses.replace(
+      config.data, path="", batching="packed", row_length=128, images_per_row=2, batch_size=2,
+      sources=(Source(path, root, "fine", pick="^[1-6]", hr_size=256), Source(path, root, "rest")),
+      resolutions=(Resolution(256, 80, 128, 256, 2, 2),)))
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  shapes, usage = [], loop.usage
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "usage", lambda *a: (shapes.append(a[1]), usage(*a))[1])
+    train(config, straight)
+  assert {s.hr_size for s in shapes} == {128, 256}
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    assert train(config, broken) == 3
+  assert train(config, broken) == 6
+  same(saved(straight, 6), saved(broken, 6))
+  lines = [json.loads(x) for x in (broken / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    assert 0 < line["data/filled_tokens"] <= 1 and 0 <= line["data/filled_images"] <= 1
+    assert 0 <= line["data/waiting"] < 1
 
 
 def stop_at(monkeypatch, step):
