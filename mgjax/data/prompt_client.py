@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import email.utils
 import json
@@ -12,12 +11,12 @@ import pathlib
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgjax.config import ConfigError, at_least
+from mgjax.data.pacing import MINUTE, Clock, Ledger, Limiter, Sent, Stopped
 
-MINUTE = 60.0
 LONGEST_WAIT = 3600.0  # seconds; a server that asks for more is not waited for
 _TRANSIENT = (408, 409, 425, 429)  # and all from 500
 _ONE_REQUEST = (400, 413, 422)  # may be due to the text of the one request
@@ -33,16 +32,12 @@ class Refused(Exception):
   """The endpoint refuses this request (HTTP 400, 413, 422); another one may be taken."""
 
 
-class Stopped(Exception):
-  """No further request is sent; says why."""
-
-
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
   """Where to ask, how fast, and for how much.
 
-  base_url None: $OPENAI_BASE_URL, or OpenAI's.  body: fields of the request to add or, with None, to
-  leave out.  Prices are per million tokens; the budget is in the same currency.
+  base_url None: $OPENAI_BASE_URL, or OpenAI's.  body: fields of the request to add or, with None,
+  to leave out.  Prices are per million tokens; the budget is in the same currency.
   """
 
   model: str
@@ -53,8 +48,8 @@ class EndpointConfig:
   body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   timeout: float = 120.0  # seconds for one answer
   tries: int = 8          # for one answer, where the server or the network fails
-  requests_per_minute: float | None = None
-  tokens_per_minute: float | None = None
+  requests_per_minute: int | None = None
+  tokens_per_minute: int | None = None
   price_in: float = 0.0
   price_out: float = 0.0
   budget: float | None = None
@@ -65,10 +60,10 @@ class EndpointConfig:
     if not self.timeout > 0:
       raise ConfigError(f"EndpointConfig: timeout is {self.timeout}, expected more than 0 seconds")
     if fixed := sorted({"model", "messages", "stream", "n"} & set(self.body)):
-      raise ConfigError(f"EndpointConfig: body sets {', '.join(fixed)}, which cannot be changed there")
+      raise ConfigError(f"EndpointConfig: body may not set {', '.join(fixed)}")
     if not (isinstance(self.longest_answer, int) and self.longest_answer > 0):
-      raise ConfigError(f"EndpointConfig: body allows {self.longest_answer!r} tokens for an answer, "
-                        "expected a whole number above 0")
+      raise ConfigError(f"EndpointConfig: body allows {self.longest_answer!r} tokens for an "
+                        "answer, expected a whole number above 0")
     if self.budget is not None and not (self.price_in or self.price_out):
       raise ConfigError("a budget needs prices: give price_in and price_out, per million tokens")
 
@@ -76,138 +71,6 @@ class EndpointConfig:
   def longest_answer(self) -> int:
     """The tokens that an answer can have, as the server is told."""
     return self.body.get("max_completion_tokens") or self.body.get("max_tokens") or self.max_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-  """Time as the pacing sees it; a test may have another."""
-
-  time: Callable[[], float] = time.monotonic
-  sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-
-
-@dataclasses.dataclass
-class Sent:
-  """A request in the limiter's window; `tokens` may be set to less once the answer is there."""
-
-  time: float
-  tokens: int
-
-
-class Limiter:
-  """Holds requests back so that no 60 seconds see more of them, or of their tokens, than allowed.
-
-  A single request with more tokens than allowed goes alone.
-  """
-
-  def __init__(self, requests: float | None, tokens: float | None, clock: Clock):
-    self._requests, self._tokens, self._clock = requests, tokens, clock
-    self._window: collections.deque[Sent] = collections.deque()
-    self._closed_until = -math.inf
-    self._turn = asyncio.Lock()  # first come, first served
-
-  async def enter(self, tokens: int) -> Sent:
-    """Returns when a request that may use so many tokens can be sent."""
-    async with self._turn:
-      while (wait := self._wait(tokens)) > 0:
-        await self._clock.sleep(min(wait, 1.0))  # an answer may free tokens meanwhile
-      self._window.append(Sent(self._clock.time(), tokens))
-      return self._window[-1]
-
-  def pause(self, seconds: float) -> None:
-    """Nothing is sent for so long."""
-    self._closed_until = max(self._closed_until, self._clock.time() + seconds)
-
-  def _wait(self, tokens: int) -> float:
-    now, window = self._clock.time(), self._window
-    while window and window[0].time + MINUTE - now <= 0:
-      window.popleft()
-    wait = self._closed_until - now
-    if self._requests is not None and (over := len(window) + 1 - math.floor(self._requests)) > 0:
-      wait = max(wait, window[over - 1].time + MINUTE - now)
-    if self._tokens is not None:
-      total = tokens + sum(sent.tokens for sent in window)
-      for sent in window:
-        if total <= self._tokens:
-          break
-        total -= sent.tokens
-        wait = max(wait, sent.time + MINUTE - now)
-    return wait
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-  """What all runs together used.
-
-  unsure: calls whose tokens the server did not tell (it was cut off, say): they are counted as the
-  most that they can have been.
-  """
-
-  calls: int = 0
-  prompt_tokens: int = 0
-  completion_tokens: int = 0
-  cost: float = 0.0
-  unsure: int = 0
-
-
-class Ledger:
-  """Counts tokens and money in a file, and keeps to the budget."""
-
-  def __init__(self, path: pathlib.Path, config: EndpointConfig):
-    """Raises EndpointError if what the file holds is not a count."""
-    self._path, self._config = path, config
-    self._held: list[float] = []  # the most that requests under way can cost
-    self._freed = asyncio.Event()
-    try:
-      self.spent = Spent(**json.loads(path.read_text())) if path.exists() else Spent()
-      sum(dataclasses.astuple(self.spent))
-    except (ValueError, TypeError) as error:
-      raise EndpointError(f"{path}: not the count of what was spent ({error}); delete it to count "
-                          "from 0") from error
-
-  async def hold(self, prompt: int, completion: int) -> float:
-    """Sets money aside for a request; Stopped if the budget has not that much left."""
-    cost, budget = self._cost(prompt, completion), self._config.budget
-    if budget is not None:
-      while self.spent.cost + sum(self._held) + cost > budget:
-        if not self._held:
-          raise Stopped(f"the budget of {budget:g} is used up but for "
-                        f"{max(0.0, budget - self.spent.cost):.4g}, and a request may cost "
-                        f"{cost:.4g}")
-        self._freed.clear()
-        await self._freed.wait()
-    self._held.append(cost)
-    return cost
-
-  def release(self, held: float) -> None:
-    """What was set aside is free again."""
-    self._held.remove(held)
-    self._freed.set()
-
-  def add(self, prompt: int, completion: int, *, unsure: bool = False) -> None:
-    """Counts a call, on disk before anything else comes of it."""
-    old = self.spent
-    self.spent = Spent(old.calls + 1, old.prompt_tokens + prompt,
-                       old.completion_tokens + completion,
-                       old.cost + self._cost(prompt, completion), old.unsure + unsure)
-    write_whole(self._path, json.dumps(dataclasses.asdict(self.spent)) + "\n")
-
-  def _cost(self, prompt: int, completion: int) -> float:
-    return (prompt * self._config.price_in + completion * self._config.price_out) / 1e6
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is there whole or not at all; OSError leaves what was there."""
-  temporary = path.with_name(f".{path.name}.new")
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +93,7 @@ class Endpoint:
   """Asks; one object a run, used as `async with`."""
 
   def __init__(self, config: EndpointConfig, state: pathlib.Path, clock: Clock = Clock()):  # noqa: B008
-    """Raises ConfigError without the openai package or the key, which is in the environment only."""
+    """Raises ConfigError without the openai package, or the key in the environment."""
     try:
       import openai
     except ImportError as error:
@@ -242,8 +105,8 @@ class Endpoint:
                         "text where the server asks for none), or name another with --api-key-env")
     if not (self._key.isascii() and self._key.isprintable()):
       raise ConfigError(f"the key in {config.api_key_env} holds characters that no header can have")
-    self._openai, self._config, self._clock = openai, config, clock
-    self.ledger = Ledger(state, config)
+    self._openai, self.config, self._clock = openai, config, clock
+    self.ledger = Ledger(state, config.price_in, config.price_out, config.budget)
     self._limiter = Limiter(config.requests_per_minute, config.tokens_per_minute, clock)
     self._jitter = random.Random(0)
     self._reached = False  # the server has answered before: it exists
@@ -251,16 +114,16 @@ class Endpoint:
     self.closed = False  # no request is begun any more
 
   async def __aenter__(self) -> Endpoint:
-    timeout = self._openai.Timeout(self._config.timeout, connect=min(10.0, self._config.timeout))
+    timeout = self._openai.Timeout(self.config.timeout, connect=min(10.0, self.config.timeout))
     try:
       self._client = self._openai.AsyncOpenAI(
-          api_key=self._key, base_url=self._config.base_url, timeout=timeout,
+          api_key=self._key, base_url=self.config.base_url, timeout=timeout,
           max_retries=0)  # every try is to be paced and counted here
-      self._url = str(self._client.base_url)
+      self._url = re.sub("//[^/@]*@", "//", str(self._client.base_url))  # no password in errors
       if not re.match(r"https?://[^/]", self._url):
         raise ValueError("it does not begin with http:// or https:// and a host")
     except Exception as error:  # a URL that is none
-      raise ConfigError(f"base URL {self._config.base_url!r}: {self._told(error)}; expected "
+      raise ConfigError(f"base URL {self.config.base_url!r}: {self._told(error)}; expected "
                         "something like http://localhost:8000/v1") from error
     return self
 
@@ -273,36 +136,36 @@ class Endpoint:
     Raises Refused for this request only; EndpointError where going on is useless; Stopped once
     `closed`, or before the budget is exceeded.
     """
-    for attempt in range(self._config.tries):
+    for attempt in range(self.config.tries):
       if self.closed:
         raise Stopped("stopped")
       try:
         return await self._call(messages, seed)
       except _Trouble as error:
         trouble = error
-      if attempt + 1 < self._config.tries and not self.closed:
+      if attempt + 1 < self.config.tries and not self.closed:
         if trouble.wait:
           self._limiter.pause(trouble.wait)  # all requests: the server is the same
         else:
           await self._clock.sleep(min(2.0 ** attempt, MINUTE) * self._jitter.uniform(0.75, 1))
-    raise EndpointError(f"{self._url} failed {self._config.tries} times in a row: {trouble}; run "
+    raise EndpointError(f"{self._url} failed {self.config.tries} times in a row: {trouble}; run "
                         "the same command again later, what is done is kept")
 
   async def _call(self, messages: Messages, seed: int) -> Answer:
-    body = {"temperature": self._config.temperature, "seed": seed,
-            "max_tokens": self._config.max_tokens, "response_format": {"type": "json_object"}}
-    body = {k: v for k, v in {**body, **self._config.body}.items() if v is not None}
+    body = {"temperature": self.config.temperature, "seed": seed,
+            "max_tokens": self.config.max_tokens, "response_format": {"type": "json_object"}}
+    body = {k: v for k, v in {**body, **self.config.body}.items() if v is not None}
     # A token is at least a byte; each message has a frame.
-    bound = sum(len(m["content"].encode()) + 16 for m in messages) + 16, self._config.longest_answer
+    bound = sum(len(m["content"].encode()) + 16 for m in messages) + 16, self.config.longest_answer
     held, task = await self.ledger.hold(*bound), asyncio.current_task()
     # From the answer on nothing here may await: a reply that is paid for would be lost on a stop.
     try:
       sent = await self._limiter.enter(sum(bound))
       self.calling.add(task)
       try:
-        async with asyncio.timeout(self._config.timeout):
+        async with asyncio.timeout(self.config.timeout):
           response = await self._client.chat.completions.with_raw_response.create(
-              model=self._config.model, messages=list(messages), extra_body=body)
+              model=self.config.model, messages=list(messages), extra_body=body)
       except asyncio.CancelledError:
         self.ledger.add(*bound, unsure=True)
         raise
@@ -350,7 +213,7 @@ class Endpoint:
           f"{told}; is the server running, and --base-url right?")
     self.ledger.add(*bound, unsure=True)
     if isinstance(error, TimeoutError | self._openai.APITimeoutError):
-      return _Trouble(f"no answer within {self._config.timeout:g} s")
+      return _Trouble(f"no answer within {self.config.timeout:g} s")
     return _Trouble(f"the connection was lost ({self._told(cause)})")
 
   def _status_failure(self, error) -> Exception:
@@ -358,9 +221,9 @@ class Endpoint:
     told = f"HTTP {status}: {self._told(error.body or error)}"
     where = f"{self._url} answers {told}"
     if status in (401, 403):
-      return EndpointError(f"{where}; is the key in {self._config.api_key_env} the right one?")
+      return EndpointError(f"{where}; is the key in {self.config.api_key_env} the right one?")
     if status == 404:
-      return EndpointError(f"{where}; is there a model {self._config.model!r}, and is --base-url "
+      return EndpointError(f"{where}; is there a model {self.config.model!r}, and is --base-url "
                            "right (most end in /v1)?")
     if error.code == "insufficient_quota":  # a 429 that no waiting ends
       return EndpointError(where)
@@ -380,7 +243,7 @@ class Endpoint:
     if isinstance(what, dict):
       what = what.get("message") or what.get("error") or what.get("detail") or what
     text = " ".join(str(what).split()) or type(what).__name__
-    return text.replace(self._key, "***")[:300]
+    return (text.replace(self._key, "***") if len(self._key) > 5 else text)[:300]
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -47,8 +47,8 @@ EXAMPLES = (
     "texture, limited palette of orange, pink and navy",
     "kitten in a wizard hat looking into a spell book, candle light, floating sparks, storybook "
     "watercolour, rounded shapes, warm browns and gold",
-    "isometric cutaway of a small coffee roastery, machines, sacks and people at work, clean lines, "
-    "soft shadows, low poly render, warm neutral tones",
+    "isometric cutaway of a small coffee roastery, machines, sacks and people at work, clean "
+    "lines, soft shadows, low poly render, warm neutral tones",
     "empty desert road under a sky full of stars, vintage car with its lights on, long exposure, "
     "milky way, wide angle photograph, cold blue and amber",
     "queen of autumn with a crown of leaves and berries, flowing amber dress, misty forest, art "
@@ -57,8 +57,8 @@ EXAMPLES = (
 
 _PROMPT_RULE = """\
 "prompt": the prompt for Stable Diffusion XL. In English, {least} to {most} words, phrases between \
-commas: the subject first, then setting, composition, style or medium, light and colours. Only what \
-can be seen; it must be clear by itself, without the rest. No negative prompt, no weights, no \
+commas: the subject first, then setting, composition, style or medium, light and colours. Only \
+what can be seen; it must be clear by itself, without the rest. No negative prompt, no weights, no \
 parameters."""
 
 _REPLY_RULE = """
@@ -171,6 +171,8 @@ def _checked(name: str, text: object, words: tuple[int, int]) -> str:
   count = len(text.split())
   if not least <= count <= most:
     raise ValueError(f"{name} has {count} words, expected {least} to {most}")
+  if len(text) > 10 * most:  # of a language that puts no spaces, or of one endless word
+    raise ValueError(f"{name} has {len(text)} characters, expected at most {10 * most}")
   # Every word and every mark is at least one token of CLIP.
   if name == "prompt" and (pieces := len(re.findall(r"\w+|[^\w\s]", text))) > CLIP_TOKENS:
     raise ValueError(f"prompt has {pieces} words and marks, but SDXL reads {CLIP_TOKENS} tokens")
