@@ -112,8 +112,8 @@ def add_prompts(subparsers) -> None:
 
 
 def run_prompts(args: argparse.Namespace) -> int:
-  from mgjax.data.prompt_client import EndpointConfig
-  from mgjax.data.prompts import PromptsConfig, make_prompts
+  from mgjax.data.drawing.client import EndpointConfig
+  from mgjax.data.drawing.run import PromptsConfig, make_prompts
 
   config = PromptsConfig(
       output=args.output, captions=args.captions, contexts=args.contexts, examples=args.examples,
@@ -151,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
 
   from mgjax.config import ConfigError
+  from mgjax.data.drawing.client import EndpointError
   from mgjax.data.journal import JournalError
-  from mgjax.data.prompt_client import EndpointError
   from mgjax.data.samples import DataError
   try:
     return args.run(args)

@@ -10,7 +10,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ from mgjax.data.images import (
     open_image,
     resolve_image,
 )
+from mgjax.data.journal import sole_user, write_whole
 from mgjax.data.records import MANIFEST, pack_record
 from mgjax.data.samples import DataError, Problem
 from mgjax.data.sources import SampleSet, Source, open_sources
@@ -81,14 +81,10 @@ def write_shards(config: ShardConfig) -> dict:
 
   A run that was stopped goes on with the shards that are not there yet; one that is whole is left
   alone.  Raises DataError for bad samples (on_error='stop') or where the disk is full, ConfigError
-  where the folder holds something else.
+  where the folder holds something else, JournalError where another process writes there.
   """
   output = Path(config.output).absolute()
-  try:
-    output.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise DataError(f"{output}: cannot be made ({error})") from error
-  with _only_writer(output):
+  with sole_user(output):
     samples = open_sources([Source(config.data, config.image_root)])
     settings = _settings(config, samples)
     _check_folder(output, settings)
@@ -127,16 +123,6 @@ def _check_folder(output: Path, settings: dict) -> None:
                for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
     raise ConfigError(f"{output} holds shards of something else: {'; '.join(changed)}.  Choose "
                       "another folder, or remove it")
-
-
-@contextlib.contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-  with open(output / ".lock", "w") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      raise ConfigError(f"{output}: another process is writing shards there") from error
-    yield
 
 
 def _make_all(config, samples, output, missing, count) -> Iterator[Written]:
@@ -266,11 +252,11 @@ def _finished(output: Path, number: int, count: int) -> Written | None:
 def _finish(config, settings, output, done: list[Written], count: int) -> dict:
   problems = [p for w in done for p in w.problems]
   if problems and config.on_error == "stop":  # left out by an earlier run that was told to
-    raise DataError.of(problems, settings["data_records"], "Repair them and choose another folder, or "
-                       "leave such records out with --on-error skip.")
+    raise DataError.of(problems, settings["data_records"], "Repair them and choose another folder, "
+                       "or leave such records out with --on-error skip.")
   if not any(w.records for w in done):
-    raise DataError.of(problems, settings["data_records"], "None is left: is --image-root the right "
-                       "folder?")
+    raise DataError.of(problems, settings["data_records"], "None is left: is --image-root the "
+                       "right folder?")
   with open(output / "skipped.jsonl", "w") as file:
     file.writelines(json.dumps(dataclasses.asdict(p)) + "\n" for p in problems)
   shards = [{"full": full, "text": text, "records": w.records, "bytes": w.bytes,
@@ -292,11 +278,6 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(path: Path, value: dict) -> None:
-  part = path.with_name(path.name + ".part")
-  with open(part, "w") as file:
-    json.dump(value, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
-  part.rename(path)
+  write_whole(path, json.dumps(value, indent=1))
 
 

@@ -19,16 +19,16 @@ from stub_endpoint import KEY, PROMPT, REPLY, Stub, completion, error
 
 from mgjax.config import ConfigError
 from mgjax.data.conversation import TEMPLATES, render
+from mgjax.data.drawing.client import EndpointConfig, EndpointError, retry_after
+from mgjax.data.drawing.inputs import read_inputs
+from mgjax.data.drawing.pacing import Clock, Ledger, Limiter
+from mgjax.data.drawing.run import PromptsConfig, make_prompts
+from mgjax.data.drawing.texts import EXAMPLES, IN_CONTEXT, RECAPTION, Job, messages_for, read_reply
 from mgjax.data.journal import Journal, JournalError, sole_user, write_whole
-from mgjax.data.pacing import Clock, Ledger, Limiter
-from mgjax.data.prompt_client import EndpointConfig, EndpointError, retry_after
-from mgjax.data.prompt_inputs import read_inputs
-from mgjax.data.prompt_texts import EXAMPLES, IN_CONTEXT, RECAPTION, Job, messages_for, read_reply
-from mgjax.data.prompts import PromptsConfig, make_prompts
 from mgjax.data.samples import DataError, check_structure
 from mgjax.data.sources import load_samples
 
-REPO = pathlib.Path(__file__).parents[2]
+REPO = pathlib.Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -310,7 +310,7 @@ def test_no_server(make, stub, fake):
 
 
 def test_requests_that_are_refused(make, stub, monkeypatch):
-  monkeypatch.setattr("mgjax.data.prompts._REFUSALS", 5)
+  monkeypatch.setattr("mgjax.data.drawing.run._REFUSALS", 5)
   refused = 400, error("maximum context length"), {}
   stub.answer = lambda call: refused if call.name in "ac" else None
   outcome = make(list("abcd"))  # some: those texts are at fault

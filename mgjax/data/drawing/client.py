@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgjax.config import ConfigError, at_least
-from mgjax.data.pacing import MINUTE, Clock, Ledger, Limiter, Sent, Stopped
+from mgjax.data.drawing.pacing import MINUTE, Clock, Ledger, Limiter, Sent, Stopped
 
 LONGEST_WAIT = 3600.0  # seconds; a server that asks for more is not waited for
 _TRANSIENT = (408, 409, 425, 429)  # and all from 500

@@ -1,7 +1,7 @@
 """Makes the generation subset: text records that teach a model to write a diffusion prompt.
 
-A language model behind an OpenAI-compatible endpoint (prompt_client.py) is given captions or
-conversations (prompt_inputs.py), and its replies become records (prompt_texts.py).  The output
+A language model behind an OpenAI-compatible endpoint (client.py) is given captions or
+conversations (inputs.py), and its replies become records (texts.py).  The output
 folder holds
 
   generation.json   the records, LLaVA JSON in the order of the inputs; written once all are asked
@@ -24,11 +24,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from mgjax.config import ConfigError, at_least
+from mgjax.data.drawing.client import Endpoint, EndpointConfig, EndpointError, Refused
+from mgjax.data.drawing.inputs import read_examples, read_inputs
+from mgjax.data.drawing.pacing import Clock, Stopped
+from mgjax.data.drawing.texts import EXAMPLES, Job, Reply, make_record, messages_for, read_reply
 from mgjax.data.journal import Journal, JournalError, sole_user, write_whole
-from mgjax.data.pacing import Clock, Stopped
-from mgjax.data.prompt_client import Endpoint, EndpointConfig, EndpointError, Refused
-from mgjax.data.prompt_inputs import read_examples, read_inputs
-from mgjax.data.prompt_texts import EXAMPLES, Job, Reply, make_record, messages_for, read_reply
 from mgjax.data.samples import DataError
 
 RECORDS = "generation.json"

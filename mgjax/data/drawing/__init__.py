@@ -1,0 +1,1 @@
+"""Text that teaches a model to draw: requests with <GEN>, answers with <h>prompt</h> (R3.9)."""
