@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from records import good, talk
@@ -218,3 +219,24 @@ def test_config_refuses_what_it_does_not_know():
     DataConfig("a.json", aspect="crop")
   with pytest.raises(ValueError, match="images_per_row is -1"):
     DataConfig("a.json", images_per_row=-1)
+
+
+def test_a_batch_that_is_held_is_not_overwritten(dataset, llama):
+  records = [r for r in good(30) if "image" in r]
+  config = dataset(records, batch_size=2, shuffle=False)
+  iterator = iter(make_pipeline(config, llama))
+  first = next(iterator)
+  kept = first["images"].copy()
+  on_device = jax.device_put(next(iterator)["images"])  # on a CPU it may share the host's memory
+  part = next(iterator)["images"][0]                    # a view holds the whole
+  copies = np.asarray(on_device).copy(), part.copy()
+  others = take(iterator, 4)
+  np.testing.assert_array_equal(first["images"], kept)
+  np.testing.assert_array_equal(on_device, copies[0])
+  np.testing.assert_array_equal(part, copies[1])
+  addresses = {b["images"].ctypes.data for b in others}
+  del others
+  again = next(iterator)  # what nobody holds is used again
+  assert again["images"].ctypes.data in addresses
+  fresh = iter(make_pipeline(config, llama))
+  np.testing.assert_array_equal(take(fresh, 8)[7]["images"], again["images"])
