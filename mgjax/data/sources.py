@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mgjax.config import ConfigError, at_least
-from mgjax.data.records import Records, open_records
+from mgjax.data.records import TFDS, Records, open_records
 from mgjax.data.samples import Problem, Sample, name_of, to_sample
 
 
@@ -23,7 +23,7 @@ class Source:
   """One part of a mixture."""
 
   path: str              # see `records.open_records`
-  image_root: str = ""   # the folder that `image` paths are relative to
+  image_root: str = ""   # the folder that `image` paths are relative to; of TFDS: its data_dir
   name: str = ""         # in reports and errors; "" = the path
   epochs: float = 1.0    # how often a run's epoch goes through it; 0.5: another half each time
   weight: float = 0.0    # instead of epochs, in all sources: its share of the samples
@@ -100,19 +100,24 @@ class SampleSet(Sequence):
 
 def open_sources(sources: Sequence[Source]) -> SampleSet:
   """Raises DataError or ConfigError for one that cannot be read."""
-  opened: dict[tuple[str, str], Records] = {}
-  for source in sources:
-    key = source.path, source.adapter
+  opened: dict[tuple[str, ...], Records] = {}
+  keys = [_file_of(source) for source in sources]
+  for key in keys:
     if key not in opened:
       opened[key] = open_records(*key)
   taken: list[np.ndarray | None] = [None] * len(sources)
   for key, records in opened.items():
-    mine = [k for k, s in enumerate(sources) if (s.path, s.adapter) == key]
+    mine = [k for k, other in enumerate(keys) if other == key]
     if any(sources[k].pick for k in mine):
       choice = _choose(records, [re.compile(sources[k].pick) for k in mine])
       for place, k in enumerate(mine):
         taken[k] = np.flatnonzero(choice == place)
-  return SampleSet(tuple(sources), tuple(opened[s.path, s.adapter] for s in sources), tuple(taken))
+  return SampleSet(tuple(sources), tuple(opened[key] for key in keys), tuple(taken))
+
+
+def _file_of(source: Source) -> tuple[str, ...]:
+  """What `open_records` takes; sources that have it in common share a file."""
+  return source.path, source.adapter, source.image_root if source.path.startswith(TFDS) else ""
 
 
 def _choose(records: Records, picks: Sequence[re.Pattern]) -> np.ndarray:
