@@ -85,18 +85,24 @@ class Planner:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   @functools.cached_property
-  def _plans(self) -> tuple[threading.Lock, dict[int, Plan]]:
-    return threading.Lock(), {}
+  def _made(self) -> tuple[threading.Lock, dict[int, Plan], dict[int, int]]:
+    return threading.Lock(), {}, {}
 
   def plan(self, epoch: int) -> Plan:
     """The plan of an epoch; the last few are remembered."""
-    lock, plans = self._plans
+    lock, plans, rows = self._made
     with lock:
       if epoch not in plans:
         while len(plans) > 1:
           plans.pop(min(plans))
         plans[epoch] = self._make(epoch)
+        rows[epoch] = plans[epoch].rows
       return plans[epoch]
+
+  def rows(self, epoch: int) -> int:
+    """How many rows an epoch has; remembered of every epoch."""
+    known = self._made[2].get(epoch)
+    return self.plan(epoch).rows if known is None else known
 
   @functools.cached_property
   def all_formats(self) -> tuple[Format, ...]:

@@ -153,8 +153,9 @@ class RowReader:
 
   def __call__(self, i: int) -> Row:
     epoch, row = self.epoch, self.first + int(i)
-    while row >= (plan := self.planner.plan(epoch)).rows:
-      epoch, row = epoch + 1, row - plan.rows
+    while row >= (rows := self.planner.rows(epoch)):
+      epoch, row = epoch + 1, row - rows
+    plan = self.planner.plan(epoch)
     batch = int(np.searchsorted(plan.batch_starts, row, side="right")) - 1
     shape = self.planner.all_formats[plan.batch_format[batch]]
     return self.loader.row(plan.row(row), shape)

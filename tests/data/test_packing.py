@@ -8,7 +8,7 @@ from records import good, talk
 
 from mgjax.config import ConfigError
 from mgjax.data.config import Resolution
-from mgjax.data.packing import group, pack
+from mgjax.data.packing import Planner, group, pack
 from mgjax.data.pipeline import make_pipeline
 from mgjax.data.sources import Source, draw
 
@@ -225,3 +225,15 @@ def test_nothing_to_read(llama, dataset):
     make_pipeline(dataclasses.replace(dataset(good(3)), path=""), llama)
   with pytest.raises(ConfigError, match="no regular expression"):
     Source("a", pick="(")
+
+
+def test_every_epoch_is_planned_once(dataset, llama, monkeypatch):
+  """However many there are: what is forgotten must not be made again at every row."""
+  made, make = [], Planner._make
+  monkeypatch.setattr(Planner, "_make", lambda self, epoch: (made.append(epoch),
+                                                             make(self, epoch))[1])
+  iterator = iter(make_pipeline(dataset(good(6), threads=1), llama))
+  batches = [next(iterator) for _ in range(7 * 3)]
+  assert sorted(numbers(batches)) == sorted(7 * list(range(6)))
+  iterator.close()
+  assert sorted(set(made)) == list(range(max(made) + 1)) and len(made) <= len(set(made)) + 2
