@@ -5,7 +5,7 @@ LLaVA JSON file, and for each path under "image" the file's bytes or uint8 [H, W
 """
 from __future__ import annotations
 
-from mgjax.data.records import Entry
+from mgjax.data.samples import Entry
 
 
 def text_of(value) -> str:

@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from mgjax.config import ConfigError, at_least
 from mgjax.data.images import (
-    ASPECTS,
-    DECODING_ERRORS,
-    ImageError,
-    check_header,
-    open_image,
-    resolve_image,
+  ASPECTS,
+  DECODING_ERRORS,
+  ImageError,
+  check_header,
+  open_image,
+  resolve_image,
 )
 from mgjax.data.journal import sole_user, write_whole
-from mgjax.data.records import MANIFEST, pack_record
 from mgjax.data.samples import DataError, Problem
+from mgjax.data.shards import MANIFEST, pack_record
 from mgjax.data.sources import SampleSet, Source, open_sources
 
 SETTINGS, DONE, VERSION = "settings.json", "done", 1

@@ -78,6 +78,9 @@ class DataError(Exception):
                f"{''.join(shown)}{more}\n{way_out}", problems)
 
 
+Entry = tuple[object, tuple[Picture, ...]]  # a record (decoded JSON), its pictures if it has them
+
+
 class BadRecord(str):
   """Stands for a record that cannot be read; says why."""
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mgjax.config import ConfigError, at_least
-from mgjax.data.records import TFDS, Records, open_records
+from mgjax.data.records import Records, open_records
 from mgjax.data.samples import Problem, Sample, name_of, to_sample
+from mgjax.data.tfds_records import TFDS
 
 
 @dataclasses.dataclass(frozen=True)

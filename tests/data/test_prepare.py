@@ -17,8 +17,8 @@ from mgjax.config import ConfigError
 from mgjax.data.config import DataConfig
 from mgjax.data.pipeline import make_pipeline
 from mgjax.data.prepare import ShardConfig, shrink, write_shards
-from mgjax.data.records import MANIFEST
 from mgjax.data.samples import DataError
+from mgjax.data.shards import MANIFEST
 from mgjax.data.sources import Source, open_sources
 
 

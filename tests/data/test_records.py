@@ -10,10 +10,11 @@ from PIL import Image
 from records import good, talk
 
 from mgjax.config import ConfigError
-from mgjax.data import records as records_lib
+from mgjax.data import json_records
 from mgjax.data.config import DataConfig
+from mgjax.data.json_records import index_json
 from mgjax.data.pipeline import make_pipeline
-from mgjax.data.records import index_json, open_records
+from mgjax.data.records import open_records
 from mgjax.data.samples import DataError
 from mgjax.data.sources import Source, open_sources
 
@@ -25,7 +26,7 @@ ODD = [{"id": "ä", "v": "漢字 🙂 \\ \" [ ] { } ,"}, [], {}, [[1, {"a": [2.5
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_json_lists_are_read_as_json_reads_them(tmp_path, monkeypatch, chunk, indent, ascii_only):
-  monkeypatch.setattr(records_lib, "CHUNK", chunk)
+  monkeypatch.setattr(json_records, "CHUNK", chunk)
   path = tmp_path / "a.json"
   text = json.dumps(ODD, indent=indent, ensure_ascii=ascii_only)
   for head in (b"", b"\xef\xbb\xbf", b" \n\t"):

@@ -5,7 +5,7 @@ import pathlib
 
 from mgjax.data.conversation import GPT, TEMPLATES
 from mgjax.data.drawing.texts import IN_CONTEXT, RECAPTION, TAGS, Job, conversation_text
-from mgjax.data.records import index_json
+from mgjax.data.json_records import index_json
 from mgjax.data.samples import DataError, Problem, check_structure, name_of, to_sample
 
 
