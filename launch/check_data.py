@@ -1,10 +1,10 @@
-"""Checks data before training: would it start, what is wrong with which sample, how rows are filled.
+"""Checks data before training: would it start, what is wrong with which sample, how full are rows.
 
     python launch/check_data.py --config=configs/stage2.py:mgm-7b --report=work_dirs/data_check \
         --config.tokenizer=checkpoints/start-7b/tokenizer
 
-Takes the config of launch/train.py and looks at the same data with the same rules.  The report folder
-gets report.html, problems.jsonl (a line for each finding) and summary.json.
+Takes the config of launch/train.py and looks at the same data with the same rules.  The report
+folder gets report.html, problems.jsonl (a line for each finding) and summary.json.
 
 Exit status: 0 if training would start and meet none of the bad samples that were found, 1 if not, 2
 if the command or the config is wrong, so that nothing was checked.
@@ -58,18 +58,19 @@ def check(values: dict, folder: Path, images: str) -> int:
     raise ConfigError("--config is a recipe of several runs, which makes its own data; expected a "
                       "run, e.g. configs/stage2.py")
   config = run_config(values)
-  tokenizer = load_tokenizer(tokenizer_folder(config, folder))
+  tokenizer = load_tokenizer(tokenizer_folder(config, folder))  # of a report in a run: the run's
   if tokenizer.vocab_size > config.model.decoder.vocab_size:
     raise ConfigError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the model "
                       f"{config.model.decoder.vocab_size}; they belong to different models")
   folder.mkdir(parents=True, exist_ok=True)
   for name in FILES:  # of an earlier check: they would look like this one's if it ends early
     (folder / name).unlink(missing_ok=True)
-  with tqdm(unit=" samples", unit_scale=True, desc="opening") as bar:
+  with tqdm(unit=" samples", unit_scale=True, desc="opening", mininterval=0.5,
+            disable=None) as bar:  # None: not in a log
 
     def show(done: int, total: int) -> None:
       bar.total = total
-      bar.set_description("looking")
+      bar.set_description("looking", refresh=False)
       bar.update(done - bar.n)
 
     found = examine(config.data, tokenizer, images=images, progress=show,
