@@ -48,8 +48,8 @@ def check(values: dict, folder: Path, images: str) -> int:
   from tqdm import tqdm
 
   from mgjax.config import ConfigError
-  from mgjax.data.doctor import FILES, examine, write_report
-  from mgjax.data.doctor_report import text
+  from mgjax.data.doctor.examine import FILES, examine, write_report
+  from mgjax.data.doctor.page import text
   from mgjax.data.tokenizer import load_tokenizer
   from mgjax.train.config import run_config
   from mgjax.train.loop import tokenizer_folder

@@ -14,9 +14,11 @@ from PIL import Image
 from records import good, talk
 
 from mgjax.config import ConfigError
-from mgjax.data import doctor, doctor_report
 from mgjax.data.config import Resolution
-from mgjax.data.doctor import FILES, PAGE, examine, write_report
+from mgjax.data.doctor import examine as doctor
+from mgjax.data.doctor import page as doctor_report
+from mgjax.data.doctor import rows as doctor_rows
+from mgjax.data.doctor.examine import FILES, PAGE, examine, write_report
 from mgjax.data.packing import pack
 from mgjax.data.pipeline import make_pipeline
 from mgjax.data.prepare import ShardConfig, write_shards
@@ -343,8 +345,8 @@ def test_options_are_what_packing_gives(two, llama):
   assert single.padding == pytest.approx(1 - lengths.sum() / (120 * config.max_length))
   assert [o.work for o in rows.options] == sorted(o.work for o in rows.options)
   best = next(o for o in rows.options if o.best)
-  assert best.work <= rows.options[0].work * doctor.NEARLY + 1e-9
-  assert best.configured == (1 <= rows.options[0].work * doctor.NEARLY)
+  assert best.work <= rows.options[0].work * doctor_rows.NEARLY + 1e-9
+  assert best.configured == (1 <= rows.options[0].work * doctor_rows.NEARLY)
   # What it advises is a config that makes such rows.
   again = dataclasses.replace(config, batching="packed", row_length=best.row_length,
                               images_per_row=best.images_per_row, batch_size=best.batch_size)
@@ -355,11 +357,12 @@ def test_options_are_what_packing_gives(two, llama):
 def test_no_option_is_too_narrow_and_as_good_is_good_enough(dataset):
   config = dataset(good(1), batching="packed", max_length=128, row_length=256, images_per_row=3)
   whole, n = config.formats[0][0], 50
-  options = doctor.try_options(config, whole, np.full(n, 128), np.full(n, 2, np.int16), 4.0)
+  options = doctor_rows.try_options(config, whole, np.full(n, 128), np.full(n, 2, np.int16), 4.0)
   assert {o.images_per_row for o in options} >= {2, 3, 4}
   assert min(o.images_per_row for o in options) == 2 and all(o.padding >= 0 for o in options)
   config = dataclasses.replace(config, images_per_row=0)
-  options = doctor.try_options(config, config.formats[0][0], np.full(n, 128), np.zeros(n, int), 4.0)
+  options = doctor_rows.try_options(config, config.formats[0][0], np.full(n, 128),
+                                    np.zeros(n, int), 4.0)
   assert options[0].row_length == 128  # less attention, by half a percent
   (best,) = [o for o in options if o.best]
   assert best.configured and best.row_length == 256 and best.work == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from mgjax.data.doctor import LINES, Lengths, Option, Report, Rows, SourceReport
+from mgjax.data.doctor.examine import LINES, Lengths, Report, SourceReport
+from mgjax.data.doctor.rows import Option, Rows
 
 # What each kind of finding means, and the way out.
 KINDS = {
