@@ -14,6 +14,7 @@ from absl import flags, logging
 from mgjax.config import ConfigError
 from mgjax.data.config import DataConfig
 from mgjax.data.packing import Format, Planner
+from mgjax.data.processes import end_with_parent
 from mgjax.data.rows import TEXT_FIELDS, Loader, Row
 from mgjax.data.samples import DataError
 from mgjax.data.scan import Scan, scan
@@ -152,6 +153,7 @@ class RowReader:
   first: int
 
   def __call__(self, i: int) -> Row:
+    end_with_parent()
     epoch, row = self.epoch, self.first + int(i)
     while row >= (rows := self.planner.rows(epoch)):
       epoch, row = epoch + 1, row - rows

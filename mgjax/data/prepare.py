@@ -32,6 +32,7 @@ from mgjax.data.images import (
   resolve_image,
 )
 from mgjax.data.journal import sole_user, write_whole
+from mgjax.data.processes import end_with_parent
 from mgjax.data.samples import DataError, Problem
 from mgjax.data.shards import MANIFEST, pack_record
 from mgjax.data.sources import SampleSet, Source, open_sources
@@ -131,7 +132,8 @@ def _make_all(config, samples, output, missing, count) -> Iterator[Written]:
     yield from map(make, missing)
     return
   context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(config.workers, context) as pool:
+  with concurrent.futures.ProcessPoolExecutor(
+      config.workers, context, initializer=end_with_parent) as pool:
     try:
       for future in concurrent.futures.as_completed([pool.submit(make, k) for k in missing]):
         yield future.result()

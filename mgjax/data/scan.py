@@ -12,6 +12,7 @@ import numpy as np
 
 from mgjax.config import ConfigError
 from mgjax.data.images import check_header, check_pixels
+from mgjax.data.processes import end_with_parent
 from mgjax.data.rows import Loader
 from mgjax.data.samples import UNNAMED, DataError, Problem, Sample
 
@@ -152,6 +153,7 @@ _looker: _Looker | None = None  # of this process of the pool
 
 def _set_looker(looker: _Looker) -> None:
   global _looker
+  end_with_parent()
   _looker = looker
 
 

@@ -77,12 +77,25 @@ def run(folder, script, hosts, workers, stop_at=None):
       time.sleep(0.005)
     codes = [p.wait(timeout=60) for p in processes]
     assert codes == [0 if stop_at is None else -signal.SIGKILL] * hosts
+    deadline = time.monotonic() + 30
+    while any(map(group_lives, processes)) and time.monotonic() < deadline:
+      time.sleep(0.02)
+    assert not any(map(group_lives, processes)), "workers outlive the run that was killed"
   finally:
     for p in processes:  # their workers too
       try:
         os.killpg(p.pid, signal.SIGKILL)
       except ProcessLookupError:
         pass
+
+
+def group_lives(process):
+  """Whether a process that `process` started, or one of theirs, is still there."""
+  try:
+    os.killpg(process.pid, 0)
+  except ProcessLookupError:
+    return False
+  return True
 
 
 @pytest.fixture
