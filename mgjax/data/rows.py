@@ -110,12 +110,15 @@ class Loader:
     """
     texts, problems, kept = [], [], []
     images = np.zeros((shape.slots, shape.hr_size, shape.hr_size, 3), np.uint8)
-    slots = 0
+    slots, left = 0, shape.length
     for number in map(int, numbers):
       sample, problem = self.read(number)
       text = None
       if not problem:
         text, found = self.text(number, sample)
+        if not found and (len(text.tokens) > left or slots + len(sample.images) > shape.slots):
+          found = "format", ("it is not what it was when the data were looked at, and does not fit "
+                             "its row: leave data files alone while a run reads them")
         problem = self._problem(number, sample, found)
       if not problem:
         try:
@@ -130,7 +133,7 @@ class Loader:
       visual = np.where(text.visual_index < 0, -1,
                         text.visual_index + slots * shape.tokens_per_image)
       texts.append(dataclasses.replace(text, visual_index=visual))
-      slots += len(sample.images)
+      slots, left = slots + len(sample.images), left - len(text.tokens)
       kept.append(number)
     return self._fields(texts, shape.length) | {
         "images": images, "sample_index": np.array(kept, np.int32),

@@ -123,3 +123,21 @@ print(json.dumps([kinds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - be
   told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
   kinds, kilobytes = json.loads(told.stdout)
   assert kinds == ["oversized_image"] * 2 and kilobytes < 50_000, told.stderr
+
+
+def test_a_sample_that_outgrew_its_row_is_left_out(dataset, llama, tmp_path):
+  """The data file is another one than at the start of the run."""
+  records = [{"id": f"s{i}", "conversations": talk(f"Q {i}?", "word " * 8)} for i in range(6)]
+  config = dataset(records, batching="packed", row_length=340, batch_size=1, on_error="skip",
+                   shuffle=False)
+  pipeline = make_pipeline(config, llama)
+  text = (tmp_path / "data.json").read_text()
+  longer = text.replace("word ", "zq~7#")  # as many bytes, more tokens
+  assert len(longer) == len(text)
+  (tmp_path / "data.json").write_text(longer)
+  batches = iter(pipeline)
+  seen = [next(batches) for _ in range(pipeline.steps_per_epoch)]
+  kept = numbers(seen)
+  assert batches.counts["format"] > 0 and batches.counts["format"] + (kept >= 0).sum() == 6
+  row = pipeline.loader.row(range(6), config.formats[0][0])
+  assert all("not what it was" in problem.message for problem in row["problems"])
