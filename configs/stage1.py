@@ -6,12 +6,11 @@
 A folder in place of the preset is a checkpoint whose model is trained: configs/stage1.py:DIR.
 Other data: --config.data.path=FILE --config.data.image_root=FOLDER.
 """
-import os
-
 from mgjax.train.recipes import (
     ALIGN,
     PRETRAIN_PARTS,
     base_config,
+    loaders,
     packed_rows,
     parts_of,
     preset_of,
@@ -31,7 +30,7 @@ def get_config(preset: str = "mgm-7b"):
   config.data.template = chosen.align_template
   config.data.aspect = "square"
   config.data.truncate = True
-  config.data.workers = min(32, os.cpu_count())
+  config.data.update(loaders())
   config.data.batching = "packed"
   config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, samples=256,
                                  text=160))

@@ -9,12 +9,11 @@ Other data: --config.data.path=FILE --config.data.image_root=FOLDER.
 configs/stage2.py:mgm-7b,mixed sees documents in high definition (672/1536, 2880 visual tokens) and
 everything else at 336/768: rows of one resolution share a batch, the two compiled steps take turns.
 """
-import os
-
 from mgjax.train.recipes import (
     FINETUNE_PARTS,
     TUNE_TEXT,
     base_config,
+    loaders,
     mix_resolutions,
     packed_rows,
     parts_of,
@@ -33,7 +32,7 @@ def get_config(arg: str = "mgm-7b"):
       "data/MGM-Finetune/mgm_instruction.json", "data/MGM-Finetune", FINETUNE_PARTS)
   config.data.aspect = "pad"
   config.data.truncate = True
-  config.data.workers = min(32, os.cpu_count())
+  config.data.update(loaders())
   config.data.batching = "packed"
   rows = dict(samples=128, text=288)
   config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, **rows))

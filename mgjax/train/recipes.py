@@ -3,6 +3,7 @@ stages (R4.2)."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict, config_dict
@@ -39,6 +40,12 @@ FINETUNE_PARTS = (
 def parts_of(path: str, image_root: str, parts, **more) -> tuple[Source, ...]:
   """A released data file as a mixture of its parts; more: fields that all of them have."""
   return tuple(Source(path, image_root, name, pick=pick, **more) for name, pick in parts)
+
+
+def loaders() -> dict[str, int]:
+  """Threads and processes that load, for the cores that there are.  Decoding leaves Python's lock
+  alone: eight threads share a process well, and cost less than eight processes."""
+  return {"threads": 8, "workers": os.cpu_count() // 8}
 
 
 def packed_rows(tokens_per_image: int, max_length: int, *, samples: int, text: int) -> dict:
