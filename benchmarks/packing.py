@@ -90,12 +90,13 @@ def plan() -> None:
 
 
 def demo(steps: int) -> None:
-  """Captions and instructions of the demo, its model from random numbers, the same samples a step:
-  one a row of 136, and packed.  Both in one process, one after the other and again."""
+  """Captions and instructions of the demo, its model from random numbers with frozen towers, as
+  many samples a step: one a row of 136, and packed.  One after the other, and again."""
   import flax.nnx as nnx
   import jax.numpy as jnp
   import optax
 
+  from mgjax import trees
   from mgjax.data.config import DataConfig
   from mgjax.data.pipeline import make_pipeline
   from mgjax.data.sources import Source
@@ -118,13 +119,15 @@ def demo(steps: int) -> None:
                                Source(f"{folder}/instruct.json", folder)))
     packed = dataclasses.replace(single, batching="packed", row_length=328, images_per_row=4,
                                  batch_size=8)
-    graphdef, start = nnx.split(MiniGemini(model, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(MiniGemini(model, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    start = trees.pure(state)
+    towers = {k: start.pop(k) for k in ("vision", "vision_hr")}  # frozen, as in both stages
     tx = optax.adam(1e-3)
 
     @jax.jit
     def step(params, state, batch):
       def loss(params):
-        total, terms = batch_loss(nnx.merge(graphdef, params), batch, None)
+        total, terms = batch_loss(nnx.merge(graphdef, params | towers), batch, None)
         return total / terms
       value, gradient = jax.value_and_grad(loss)(params)
       updates, state = tx.update(gradient, state, params)
