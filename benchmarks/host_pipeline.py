@@ -7,6 +7,7 @@ All in one run, taking turns.  "a core": images/s over the CPU seconds that all 
 """
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -57,23 +58,27 @@ class Files:
 
 
 def cpu_seconds() -> float:
-  """Of this process, and of those of its children that have ended."""
-  return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (
-      resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+  """Of this process and its workers."""
+  own = resource.getrusage(resource.RUSAGE_SELF)
+  ticks = 0
+  for child in multiprocessing.active_children():
+    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks += int(fields[11]) + int(fields[12])
+  return own.ru_utime + own.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure(seconds: float, start) -> tuple[float, float]:
-  """(images/s, images per CPU second) of an iterator of counts that `start` gives, with its
-  closing; the start of its processes is left out of the time, not of the CPU seconds."""
-  cpu = cpu_seconds()
+  """(images/s, images per CPU second) of the iterator of counts that `start` gives with what closes
+  it, once it runs: what was made ahead is taken first."""
   counts, close = start()
-  first = next(counts)
-  begun, done = time.perf_counter(), 0
+  for _ in range(12):
+    next(counts)
+  begun, cpu, done = time.perf_counter(), cpu_seconds(), 0
   while time.perf_counter() - begun < seconds:
     done += next(counts)
-  took = time.perf_counter() - begun
+  took, used = time.perf_counter() - begun, cpu_seconds() - cpu
   close()
-  return done / took, (done + first) / (cpu_seconds() - cpu)
+  return done / took, done / used
 
 
 def main():

@@ -150,9 +150,11 @@ def test_every_sample_once_under_kills(epoch):
   assert sorted(n for rows, _ in seen for row in rows for n in row) == list(range(150))
 
 
-def test_a_killed_worker_is_replaced(epoch, llama, caplog):
+def test_a_killed_worker_is_replaced(epoch, llama, monkeypatch):
   folder, _, expected = epoch
   config = pickle.loads((folder / "config.pkl").read_bytes())
+  told = []
+  monkeypatch.setattr("mgjax.data.pipeline.logging.warning", lambda text, *args: told.append(text))
   batches = iter(make_pipeline(dataclasses.replace(config, workers=2), llama))
   seen = []
   try:
@@ -166,4 +168,4 @@ def test_a_killed_worker_is_replaced(epoch, llama, caplog):
   finally:
     batches.close()
   assert seen == expected
-  assert caplog.text.count("a worker was killed") >= 1
+  assert any("a worker was killed" in text for text in told)

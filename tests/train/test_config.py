@@ -29,10 +29,11 @@ def test_the_numbers_of_the_recipe(preset, width, tokens, template, lr):
   assert (run.model.decoder.width, run.model.visual_tokens) == (width, tokens)
   assert (run.data.template, run.optimizer.learning_rate) == (template, lr)
   assert (run.optimizer.weight_decay, run.optimizer.clip_norm) == (0, None)
-  assert (run.data.batch_size, run.optimizer.warmup_ratio) == (128, 0.03)
+  samples = lambda data: data.batch_size * data.images_per_row  # noqa: E731  (rows are packed)
+  assert (samples(run.data), run.optimizer.warmup_ratio) == (128, 0.03)
   assert run.optimizer.table[0].lr == (2.0 if preset.startswith("mgm-34b") else 1.0)
   align = run_config(stage1.get_config(preset.removesuffix("-hd")).to_dict())
-  assert (align.data.batch_size, align.optimizer.learning_rate) == (256, 1e-3)
+  assert (samples(align.data), align.optimizer.learning_rate) == (256, 1e-3)
   assert align.data.template == ("llama_3" if preset == "mgm-8b" else "plain")
   assert align.data.aspect == "square" and run.data.aspect == "pad"
 
