@@ -52,16 +52,14 @@ def check(values: dict, folder: Path, images: str) -> int:
   from mgjax.data.doctor.page import text
   from mgjax.data.tokenizer import load_tokenizer
   from mgjax.train.config import run_config
-  from mgjax.train.loop import tokenizer_folder
+  from mgjax.train.loop import check_vocabulary, tokenizer_folder
 
   if "runs" in values:
     raise ConfigError("--config is a recipe of several runs, which makes its own data; expected a "
                       "run, e.g. configs/stage2.py")
   config = run_config(values)
   tokenizer = load_tokenizer(tokenizer_folder(config, folder))  # of a report in a run: the run's
-  if tokenizer.vocab_size > config.model.decoder.vocab_size:
-    raise ConfigError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, the model "
-                      f"{config.model.decoder.vocab_size}; they belong to different models")
+  check_vocabulary(tokenizer, config)
   folder.mkdir(parents=True, exist_ok=True)
   for name in FILES:  # of an earlier check: they would look like this one's if it ends early
     (folder / name).unlink(missing_ok=True)

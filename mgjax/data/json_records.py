@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from mgjax.data.processes import Sendable
 from mgjax.data.samples import BadRecord, DataError, Entry
 
 CHUNK = 8 << 20            # bytes of a JSON file that are looked at together
@@ -20,7 +21,7 @@ LONGEST_RECORD = 64 << 20  # characters; what is longer is no list of samples
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonRecords:
+class JsonRecords(Sendable):
   """A JSON list, or JSON lines: where each record starts and ends in the file (int64 [N])."""
 
   path: str
@@ -45,9 +46,6 @@ class JsonRecords:
   @functools.cached_property
   def _file(self) -> int:
     return os.open(self.path, os.O_RDONLY)  # for as long as the process lives
-
-  def __getstate__(self):
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 def index_json(path: str | os.PathLike) -> JsonRecords:

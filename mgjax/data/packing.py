@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mgjax.data.processes import Sendable
 from mgjax.data.sources import Source, draw
 
 BATCHING = ("packed", "grouped", "single")
@@ -67,7 +68,7 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True)
-class Planner:
+class Planner(Sendable):
   """Plans epochs.  The arrays are indexed by sample number [N]; `kept` int64 [K] are the usable."""
 
   sources: tuple[Source, ...]
@@ -80,9 +81,6 @@ class Planner:
   batching: str
   seed: int
   shuffle: bool
-
-  def __getstate__(self):
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   @functools.cached_property
   def _made(self) -> tuple[threading.Lock, dict[int, Plan], dict[int, int]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -88,7 +89,7 @@ class Pipeline:
     """All records of all sources, the unusable ones included."""
     return self.loader.samples
 
-  @property
+  @functools.cached_property  # sums up arrays of all samples, and every step asks for it
   def fingerprint(self) -> int:
     """Differs where the samples, and so the plans, do."""
     return self.samples.fingerprint ^ self.planner.fingerprint

@@ -100,11 +100,11 @@ def write_shards(config: ShardConfig) -> dict:
     _write(output / SETTINGS, settings)
     with tqdm(total=len(samples), initial=sum(w.records + len(w.problems) for w in done),
               unit="record") as bar:
-      started = time.perf_counter()
+      started, made = time.perf_counter(), 0
       for written in _make_all(config, samples, output, missing, count):
         done.append(written)
         bar.update(written.records + len(written.problems))
-        made = sum(w.bytes for w in done if w.number in missing)
+        made += written.bytes
         bar.set_postfix_str(f"{made / 1e6 / (time.perf_counter() - started):,.0f} MB/s")
     return _finish(config, settings, output, sorted(done, key=lambda w: w.number), count)
 

@@ -1,11 +1,20 @@
-"""Worker processes that do not outlive the run they work for."""
+"""What goes to worker processes, and that these do not outlive the run they work for."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+
+
+class Sendable:
+  """A dataclass that goes to workers as its fields alone: what it has cached (open files, locks)
+  stays here."""
+
+  def __getstate__(self):
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 @functools.cache

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mgjax.data.config import DataConfig
+from mgjax.data.config import DataConfig, Resolution
 from mgjax.data.conversation import control_tokens, get_template, render
 from mgjax.data.images import ImageError, load_image, resolve_image
 from mgjax.data.packing import Format
+from mgjax.data.processes import Sendable
 from mgjax.data.samples import Problem, Sample, check_structure, prepare_turns
 from mgjax.data.sources import SampleSet, Source
 from mgjax.data.tokenize import Expanded, expand, text_pieces, tokenize_conversation
@@ -23,7 +24,7 @@ TEXT_FIELDS = {"tokens": np.int32, "visual_index": np.int32, "segment_ids": np.i
 
 
 @dataclasses.dataclass(frozen=True)
-class Loader:
+class Loader(Sendable):
   """Reads samples by number.  What is wrong with one is returned, not raised: the caller has the
   policy.  Can be pickled, and used from several threads."""
 
@@ -96,7 +97,7 @@ class Loader:
       return self._problem(number, sample, (error.kind, error.message))
     return None
 
-  def resolution(self, number: int):
+  def resolution(self, number: int) -> Resolution:
     """That of a sample's source."""
     return self._resolutions[self.samples.locate(number)[0]]
 
@@ -191,6 +192,3 @@ class Loader:
   def _resolutions(self):
     all_of_them = self.config.all_resolutions
     return [all_of_them[self.config.resolution_of(s)] for s in self.samples.sources]
-
-  def __getstate__(self):
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

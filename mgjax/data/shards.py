@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import msgpack
 
+from mgjax.data.processes import Sendable
 from mgjax.data.samples import BadRecord, DataError, Entry
 
 MANIFEST = "shards.json"
@@ -20,7 +21,7 @@ def pack_record(record: dict, pictures: tuple[bytes, ...]) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardRecords:
+class ShardRecords(Sendable):
   """ArrayRecord shards with pictures and conversations together."""
 
   full: tuple[str, ...]    # files with pictures
@@ -53,9 +54,6 @@ class ShardRecords:
   @functools.cached_property
   def _without(self):
     return _array_records(self.bare, self.counts)
-
-  def __getstate__(self):
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True)

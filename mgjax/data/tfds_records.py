@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from mgjax.config import ConfigError
+from mgjax.data.processes import Sendable
 from mgjax.data.samples import BadRecord, DataError, Entry
 
 TFDS = "tfds:"
 
 
 @dataclasses.dataclass(frozen=True)
-class TfdsRecords:
+class TfdsRecords(Sendable):
   """A split of `tfds.data_source`; `adapter` makes a LLaVA record and pictures of an example."""
 
   name: str
@@ -54,9 +55,6 @@ class TfdsRecords:
     except Exception as error:  # its own kinds, many
       raise DataError(f"{TFDS}{self.name}:{self.split} cannot be opened ({error}); prepare it in "
                       "the array_record format, see tfds.data_source") from error
-
-  def __getstate__(self):
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
 def find_adapter(name: str) -> Callable[[dict], Entry]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from mgjax.config import ConfigError
+from mgjax.data.processes import Sendable
 
 Spans = list[tuple[int, int]]  # character range [start, end) of each id
 _SPACE = "\u2581"              # how SentencePiece writes a space inside a piece
@@ -16,7 +17,7 @@ _NO_UNK = "<|reserved_special_token_0|>"  # what stands in for unk and pad in Ll
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePiece:
+class SentencePiece(Sendable):
   """A `tokenizer.model`, read as Hugging Face's slow Llama tokenizer reads it.
 
   Text is cut at the added tokens first.  With `legacy` every stretch between them gets the model's
@@ -54,9 +55,6 @@ class SentencePiece:
   def _cut(self) -> re.Pattern:
     longest_first = sorted(self.added, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)))
-
-  def __getstate__(self):  # the processor itself is rebuilt after unpickling
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
   def __len__(self) -> int:
     return max([self._processor.get_piece_size(), *(i + 1 for i in self.added.values())])

@@ -32,7 +32,7 @@ from mgjax.config import ConfigError
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import Pipeline, batch_arrays, make_pipeline
 from mgjax.data.samples import DataError
-from mgjax.data.tokenizer import load_tokenizer
+from mgjax.data.tokenizer import Tokenizer, load_tokenizer
 from mgjax.sharding import batch_sharding, batch_shards, check_heads, make_mesh, mesh_context
 from mgjax.train import metrics as metrics_lib
 from mgjax.train.config import RunConfig
@@ -73,9 +73,7 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
   config = dataclasses.replace(config, tokenizer=str(tokenizer_folder(config, workdir)),
                                chat_stop_ids=config.chat_stop_ids or inherited_stop_ids(config))
   tokenizer = load_tokenizer(config.tokenizer)
-  if tokenizer.vocab_size > config.model.decoder.vocab_size:
-    raise ConfigError(f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} entries, the model "
-                      f"{config.model.decoder.vocab_size}; they belong to different models")
+  check_vocabulary(tokenizer, config)
   mesh = make_mesh(dataclasses.astuple(config.mesh))
   check_heads(config.model.decoder, mesh)
   check_batch(config, mesh)
@@ -175,6 +173,14 @@ def tokenizer_folder(config: RunConfig, workdir: Path) -> Path:
       return folder
   raise ConfigError("config.tokenizer is empty and config.init_from brings none; give the folder "
                     "that holds tokenizer.json or tokenizer.model: --config.tokenizer=FOLDER")
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
+  """Raises ConfigError if the tokenizer has entries that the model has not."""
+  if tokenizer.vocab_size > config.model.decoder.vocab_size:
+    raise ConfigError(f"tokenizer {config.tokenizer or tokenizer.name} has "
+                      f"{tokenizer.vocab_size} entries, the model "
+                      f"{config.model.decoder.vocab_size}; they belong to different models")
 
 
 def language_sources(config: RunConfig) -> list[Path]:
