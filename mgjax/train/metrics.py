@@ -6,8 +6,11 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
+
+from mgjax.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Usage:
   images: int
   slots: int
   samples: int
+  flops: float         # that the model takes for all of the batch
+  useful_flops: float  # for what it holds: no padding, no empty slots
 
 
 class Metrics:
@@ -31,6 +36,9 @@ class Metrics:
       return
     self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
                      smoothing=0.1)
+    device = jax.devices()[0]
+    chip = chip_of(device.device_kind)
+    self._peak = chip.peak * chip.share(device) if chip else None  # of a device
     self._file = open(workdir / "metrics.jsonl", "a", buffering=1)
     self._board = _tensorboard(workdir / "tensorboard")
 
@@ -41,8 +49,13 @@ class Metrics:
   def write(self, step: int, values: dict, usage: Usage, *, waited: float, show: bool) -> None:
     """values: scalars of this step; waited: seconds that the device had to wait for data.
 
-    Adds tokens/s, images/s, samples/s, step_time (seconds since the last step ended), the shares of
-    positions and image slots that were filled, and of the time spent waiting.
+    Adds, over all devices: tokens_per_s, images_per_s and samples_per_s, padding left out;
+    step_time (seconds since the last step ended); and the shares data/filled_tokens of the
+    positions, data/filled_images of the image slots, and data/waiting of the time.
+    For one device: tokens_per_s_per_device, images_per_s_per_device, and tflops_per_s_per_device,
+    model FLOPs (`flops.py`) of all that a batch has room for: padding is computed like the rest.
+    mfu is these by the chip's peak in bfloat16, and mfu_useful counts real tokens and pictures
+    alone; both only where the chip is known.
     """
     if not self._enabled:
       return
@@ -53,6 +66,7 @@ class Metrics:
                "images_per_s": usage.images / seconds, "samples_per_s": usage.samples / seconds,
                "data/filled_tokens": usage.tokens / usage.positions,
                "data/waiting": waited / seconds}
+    record |= self._per_device(usage, seconds)
     if usage.slots:
       record["data/filled_images"] = usage.images / usage.slots
     self._bar.update()
@@ -65,7 +79,17 @@ class Metrics:
     self._bar.set_postfix_str(
         f"loss {record['loss']:.4f}, lr {record['learning_rate']:.1e}, "
         f"{record['tokens_per_s']:,.0f} tok/s, {record['images_per_s']:,.0f} img/s, "
-        f"{seconds:.2f} s/step")
+        + (f"MFU {record['mfu']:.1%}, " if "mfu" in record else "") + f"{seconds:.2f} s/step")
+
+  def _per_device(self, usage: Usage, seconds: float) -> dict[str, float]:
+    device_seconds = jax.device_count() * seconds
+    record = {"tokens_per_s_per_device": usage.tokens / device_seconds,
+              "images_per_s_per_device": usage.images / device_seconds,
+              "tflops_per_s_per_device": usage.flops / device_seconds / 1e12}
+    if self._peak:
+      record["mfu"] = usage.flops / device_seconds / self._peak
+      record["mfu_useful"] = usage.useful_flops / device_seconds / self._peak
+    return record
 
   def close(self) -> None:
     """Flushes and ends the progress line."""
