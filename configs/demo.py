@@ -55,7 +55,7 @@ def run(steps: int, batch_size: int, max_length: int, learning_rate: float, pres
   config.optimizer.b2, config.optimizer.clip_norm = 0.95, 1.0
   config.optimizer.warmup_ratio = 0.05
   config.mesh.fsdp = 1
-  config.remat = "none"
+  config.remat.update(decoder="none", towers="none", mining="none")
   config.dtype = config.frozen_dtype = "float32"
   config.checkpoint.every = 500
   return config

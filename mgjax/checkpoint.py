@@ -20,6 +20,7 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from orbax.checkpoint import multihost as ocp_multihost
 from orbax.checkpoint import v1 as ocp
 
 from mgjax import trees
@@ -134,6 +135,12 @@ class DamagedCheckpoint(CheckpointError):
 
 def _first_line(e) -> str:
   return (str(e).splitlines() or [""])[0][:300]
+
+
+def wait_for_hosts(name: str, seconds: float) -> None:
+  """Returns when all hosts have come to this call, in whatever time each needed (collectives of the
+  CPU wait half a minute for each other)."""
+  ocp_multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(1000 * seconds))
 
 
 def resolve(path: str | Path) -> Path:

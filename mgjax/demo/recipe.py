@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from mgjax.checkpoint import wait_for_hosts
 from mgjax.config import build
 from mgjax.data.samples import DataError
 from mgjax.data.sources import load_samples
@@ -18,6 +19,7 @@ from mgjax.demo.world import World
 from mgjax.evaluate.answers import answer_first_questions
 from mgjax.sharding import make_mesh
 from mgjax.train.config import parse_init_from, run_config
+from mgjax.train.hosts import STARTING
 from mgjax.train.loop import train
 
 
@@ -26,13 +28,17 @@ def run_demo(config: dict, workdir: str | Path) -> None:
 
   config: `world` and `sizes` of the data, `runs` (name -> run, trained in the order of `order`;
   `init_from` names other runs), `compare` ((label, run), ...) asked the held-out questions.
-  Writes results.json, table.md, contact_sheet.png and loss_curves.png.
+  Writes results.json, table.md, contact_sheet.png and loss_curves.png; over several hosts it trains
+  and asks nothing.
   """
   workdir = Path(workdir).absolute()
   data, clock = workdir / "data", Clock(workdir / "seconds.json")
   world = build(World, config["world"], "config.world")
   with clock.measure("data"):
-    logging.info("data: %s", make(world, str(data), build(Sizes, config["sizes"], "config.sizes")))
+    if jax.process_index() == 0:
+      made = make(world, str(data), build(Sizes, config["sizes"], "config.sizes"))
+      logging.info("data: %s", made)
+    wait_for_hosts("the demo's data", STARTING)
   for name in config["order"]:
     values = config["runs"][name]
     values = values | {
@@ -45,6 +51,9 @@ def run_demo(config: dict, workdir: str | Path) -> None:
     with clock.measure(name):
       if train(run, workdir / name, name=name) < (run.steps or 0):
         return  # told to stop; the same command goes on from here
+  if jax.process_count() > 1:
+    logging.info("all is trained; the same command on one host asks the held-out questions")
+    return
   models = dict(config["compare"])
   with clock.measure("evaluation"):
     records, answers = compare(models, data, workdir)
@@ -90,5 +99,7 @@ class Clock:
     started = time.perf_counter()
     yield
     self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - started
+    if jax.process_index():
+      return
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._path.write_text(json.dumps(self.seconds, indent=2))

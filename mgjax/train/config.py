@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from mgjax.config import ConfigError, ModelConfig, at_least, build
 from mgjax.data.config import DataConfig, Resolution
 from mgjax.data.conversation import get_template
 from mgjax.data.images import ASPECTS
-from mgjax.models.layers import REMAT_POLICIES
+from mgjax.models.attention import IMPLEMENTATIONS
+from mgjax.models.remat import RematConfig
 from mgjax.train.optimizer import OptimizerConfig
 
 OBJECTIVES = ("language", "tags:vision", "tags:vision_hr")
@@ -18,11 +20,12 @@ OBJECTIVES = ("language", "tags:vision", "tags:vision_hr")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh axes; one may be -1 (what the others leave)."""
+  """Sizes of the mesh axes; one may be -1 (what the others leave).  If fsdp and tensor both are,
+  fsdp takes as many devices as can share the rows of a batch, tensor the rest."""
 
   data: int = 1
   fsdp: int = -1
-  tensor: int = 1
+  tensor: int = -1
   expert: int = 1
 
 
@@ -35,6 +38,27 @@ class CheckpointConfig:
 
   def __post_init__(self):
     at_least(self, 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Which steps to trace into workdir/profile."""
+
+  steps: str = ""  # "10:13" = from step 10 to step 13, both included; "" = none
+
+  def __post_init__(self):
+    self.span()
+
+  def span(self) -> range:
+    """The steps as numbers.  Raises ConfigError for anything but two of them in order."""
+    if not self.steps:
+      return range(0)
+    numbers = re.fullmatch(r"(\d+):(\d+)", self.steps)
+    first, last = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= first <= last:
+      raise ConfigError(f"config.profile.steps is {self.steps!r}; expected the first and the last "
+                        "step to trace, such as 10:13")
+    return range(first, last + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +76,8 @@ class RunConfig:
   epochs: float = 1.0
   accumulate: int = 1                 # micro-batches a step; data.batch_size counts all their rows
   mesh: MeshConfig = MeshConfig()
-  remat: str = "nothing_saveable"
+  remat: RematConfig = RematConfig()
+  attention: str = "auto"             # auto (by the devices) | xla | splash (TPU) | cudnn (GPU)
   dtype: str = "bfloat16"             # of matrix products
   frozen_dtype: str = "bfloat16"      # of parameters that do not train; trained ones are float32
   seed: int = 0
@@ -62,20 +87,24 @@ class RunConfig:
   chat_aspect: str = ""               # "" = data.aspect
   chat_stop_ids: tuple[int, ...] = ()  # ids that end an answer, beside those of tokenizer, template
   checkpoint: CheckpointConfig = CheckpointConfig()
+  profile: ProfileConfig = ProfileConfig()
   log_every: int = 1
+  hang_timeout: float = 600.0         # seconds; a host of several that takes longer over a part of
+                                      # a step (loading, computing, saving) ends the run
 
   def __post_init__(self):
     at_least(self, 1, "steps", "accumulate", "log_every")
     if not 0 < self.epochs < float("inf"):
       raise ConfigError(f"config.epochs is {self.epochs}; expected more than 0")
     at_least(self, 0, "router_loss")
+    at_least(self, 1, "hang_timeout")
     if self.router_loss and not self.model.decoder.experts:
       raise ConfigError(f"config.router_loss is {self.router_loss}, but the decoder has no experts")
     if self.chat_template:
       get_template(self.chat_template)
     for name, value, allowed in (
         ("chat_aspect", self.chat_aspect, ("", *ASPECTS)),
-        ("objective", self.objective, OBJECTIVES), ("remat", self.remat, REMAT_POLICIES),
+        ("objective", self.objective, OBJECTIVES), ("attention", self.attention, IMPLEMENTATIONS),
         ("dtype", self.dtype, ("bfloat16", "float32")),
         ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
       if value not in allowed:
@@ -132,6 +161,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
   values = dict(values)
   if isinstance(values.get("init_from"), str):
     values["init_from"] = parse_init_from(values["init_from"])
+  if isinstance(values.get("remat"), str):  # one policy for all parts
+    values["remat"] = {f.name: values["remat"] for f in dataclasses.fields(RematConfig)}
   model = build(ModelConfig, values.get("model", {}), "config.model")
   data = dict(values.get("data", {}))
   if model.vision is not None:

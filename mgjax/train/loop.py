@@ -4,18 +4,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
-import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-import optax
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mgjax import trees
@@ -23,23 +17,26 @@ from mgjax.checkpoint import (
     ORIGIN,
     TOKENIZER,
     Checkpointer,
-    abstract_params,
     read_run,
     resolve,
+    wait_for_hosts,
     write_run,
 )
 from mgjax.config import ConfigError
 from mgjax.data.packing import Format
-from mgjax.data.pipeline import Pipeline, batch_arrays, make_pipeline
+from mgjax.data.pipeline import Pipeline, make_pipeline
 from mgjax.data.samples import DataError
 from mgjax.data.tokenizer import Tokenizer, load_tokenizer
-from mgjax.sharding import batch_sharding, batch_shards, check_heads, make_mesh, mesh_context
+from mgjax.sharding import batch_sharding, check_heads, mesh_context
 from mgjax.train import metrics as metrics_lib
+from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
 from mgjax.train.config import RunConfig
+from mgjax.train.flops import Work, model_flops, whole_batch
+from mgjax.train.hosts import STARTING, Watch, stop_notice, watched, word
 from mgjax.train.optimizer import make_optimizer
 from mgjax.train.prefetch import Prefetcher
-from mgjax.train.state import TrainState, abstract_state, init_state, model_builder
-from mgjax.train.step import make_train_step
+from mgjax.train.profile import Profiler
+from mgjax.train.state import TrainState, abstract_state, init_state
 
 
 class TrainingError(RuntimeError):
@@ -50,22 +47,28 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
   """Runs, or resumes, one training run in `workdir` and returns the step it stands at.
 
   SIGTERM saves and returns early.  Raises TrainingError when the loss is no longer finite (before
-  the update); ConfigError, DataError, CheckpointError for what does not fit together.
+  the update); ConfigError, DataError, CheckpointError for what does not fit together.  Over several
+  hosts, one that is lost or hangs ends this process (see `watched`).
   """
   if "://" in str(workdir):
     raise ConfigError(f"workdir {workdir}: only folders of the file system; mount the bucket")
   workdir = Path(workdir).absolute()
-  with stop_signal() as stop:
+  with stop_notice() as stop, watched(config.hang_timeout) as watch:
     checkpointer = Checkpointer(workdir, every=config.checkpoint.every, keep=config.checkpoint.keep)
     try:
-      return _train(config, workdir, name, stop, checkpointer)
+      return _train(config, workdir, name, stop, watch, checkpointer)
+    except BaseException as e:
+      watch.failed(e)  # before anything that may wait for the other hosts
+      raise
     finally:
+      watch.at("finish the last checkpoint", limit=STARTING)
       checkpointer.close()
 
 
-def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
+def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bool], watch: Watch,
            checkpointer: Checkpointer) -> int:
   resuming = checkpointer.latest is not None
+  stop(checkpointer.latest or 0)  # hosts that agree on a step to stop at count from here
   if resuming:
     check_same_run(workdir, config)
     if config.steps and checkpointer.latest >= config.steps:
@@ -74,16 +77,19 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
                                chat_stop_ids=config.chat_stop_ids or inherited_stop_ids(config))
   tokenizer = load_tokenizer(config.tokenizer)
   check_vocabulary(tokenizer, config)
-  mesh = make_mesh(dataclasses.astuple(config.mesh))
+  mesh = mesh_of(config)
   check_heads(config.model.decoder, mesh)
   check_batch(config, mesh)
+  watch.at("read the data", limit=STARTING)
   data = make_pipeline(config.data, tokenizer, host=jax.process_index(),
                        hosts=jax.process_count())
   batches, main_host = iter(data), jax.process_index() == 0
   steps = config.steps or data.steps(config.epochs)
+  check_profile(config, steps)
   with mesh_context(mesh), contextlib.closing(batches):
     tx = make_optimizer(config.optimizer, steps)
     abstract = abstract_state(config, tx, mesh)[1]
+    watch.at("place the state", limit=STARTING)
     if resuming:
       saved, position = checkpointer.restore(abstract.as_dict())
       state = TrainState(**saved)
@@ -100,43 +106,54 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: threading.Event,
       write_problems(workdir / "skipped.jsonl", data)
       describe(config, abstract, data, steps)
     compiled = CompiledSteps(config, tx, steps, abstract, mesh)
+    watch.at("compile", step=start, limit=STARTING)
     compiled.prepare(data.formats_of_epoch(0))
+    wait_for_hosts("compiled", STARTING)
     log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps, enabled=main_host)
     fetched = Prefetcher(batches, lambda batch: put(batch, mesh), steps - start)
-    with contextlib.closing(log), contextlib.closing(fetched):
-      if agreed(stop.is_set()):
+    profiler = Profiler(workdir / "profile", config.profile.span())
+    with contextlib.closing(log), contextlib.closing(fetched), contextlib.closing(profiler):
+      if stop(start):
         return start
+      watch.at("load the first batch", limit=STARTING)
       batch, bad = next(fetched), None
       log.restart_clock()
       for step in range(start + 1, steps + 1):
-        shape, done = data.format_of(batch.host), batch
-        state, metrics = compiled[shape](state, batch.device)
-        metrics = jax.device_get(metrics)  # meanwhile a thread fetches what comes next
-        if not metrics.pop("finite"):
-          raise TrainingError(explain_nonfinite(step, metrics, done.host, data))
-        batch = None
+        shape, done, batch = data.format_of(batch.host), batch, None
         if step < steps:
+          watch.at(f"load the batch behind step {step}")
           try:
             batch = next(fetched)
           except DataError as error:
-            bad = error  # what this step learnt is saved first
-        stopping = agreed(stop.is_set() or bad is not None)
-        due = step == steps or stopping
+            bad = error  # the others hear of it with this step, and what it learns is saved
+        watch.at(f"step {step}")
+        with profiler.step(step):
+          state, metrics = compiled[shape](state, done.device, word(mesh, bad is not None))
+          metrics = jax.device_get(metrics)  # meanwhile a thread fetches what comes next
+        if not metrics.pop("finite"):
+          raise TrainingError(explain_nonfinite(step, metrics, done.host, data))
+        failed = int(metrics.pop("failed"))
+        due = step == steps or stop(step) or failed > 0
+        watch.at(f"save step {step}", step=step)
         checkpointer.save(step, state.as_dict(), done.position, force=due)
-        log.write(step, metrics | skipped(done.position), usage(done.host, shape),
+        log.write(step, metrics | skipped(done.position), usage(done.host, shape, config),
                   waited=fetched.waited if batch else 0.0,
                   show=step % config.log_every == 0 or due)
         if bad is not None:
           raise bad
-        if stopping:
+        if failed:
+          raise TrainingError(f"host {failed - 1} could not load its next batch: see what it says; "
+                              f"step {step} is saved")
+        if due and step < steps:
           logging.warning("%s: stop signal; saved step %d of %d", name, step, steps)
           return step
   return steps
 
 
 # What may differ when a run goes on; everything else makes it another run.
-_MAY_CHANGE = ("tokenizer", "init_from", "mesh", "remat", "checkpoint", "log_every", "steps",
-               "epochs", "accumulate", "chat_template", "chat_aspect", "chat_stop_ids")
+_MAY_CHANGE = ("tokenizer", "init_from", "mesh", "remat", "attention", "checkpoint", "profile",
+               "log_every", "steps", "epochs", "accumulate", "chat_template", "chat_aspect",
+               "chat_stop_ids", "hang_timeout")
 _DATA_MAY_CHANGE = ("image_root", "on_error", "workers", "threads", "scan_limit")
 
 
@@ -201,57 +218,11 @@ def origin_folder(config: RunConfig) -> Path | None:
   return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def check_batch(config: RunConfig, mesh: Mesh) -> None:
-  """Raises ConfigError if the rows of a micro-batch do not divide among the batch axes, or these
-  among the hosts."""
-  shards = batch_shards(mesh)
-  for batch_size in (r.batch_size for r in config.data.all_resolutions):
-    rows = batch_size // config.accumulate
-    if rows % shards:
-      raise ConfigError(
-          f"config.data: batch_size {batch_size} / accumulate {config.accumulate} = {rows} rows, "
-          f"which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; use a "
-          f"multiple of {shards * config.accumulate}")
-  if shards % jax.process_count():
-    raise ConfigError(
-        f"mesh {dict(mesh.shape)}: data x fsdp = {shards} does not divide among "
-        f"{jax.process_count()} hosts, each of which reads its own rows; use a smaller tensor axis")
-
-
-class CompiledSteps:
-  """The train step as an executable for each format of a batch, made when it is first asked for.
-
-  An executable is for just its shapes: it cannot recompile.
-  """
-
-  def __init__(self, config: RunConfig, tx: optax.GradientTransformation, steps: int,
-               abstract: TrainState, mesh: Mesh):
-    self._config, self._tx, self._steps = config, tx, steps
-    self._abstract, self._mesh = abstract, mesh
-    self._made: dict[Format, Any] = {}
-
-  def prepare(self, formats: Iterable[Format]) -> None:
-    """Makes those of `formats`."""
-    for shape in formats:
-      self[shape]
-
-  def __getitem__(self, shape: Format):
-    if shape not in self._made:
-      started = time.perf_counter()
-      self._made[shape] = self._compile(shape)
-      logging.info("compiled the step for %s in %.0f s", shape, time.perf_counter() - started)
-    return self._made[shape]
-
-  def _compile(self, shape: Format):
-    graphdef, _ = abstract_params(model_builder(self._config, shape.hr_size), self._mesh)
-    sharding = batch_sharding(self._mesh)
-    batch = {k: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-             for k, (dims, dtype) in batch_arrays(shape).items()}
-    shardings = jax.tree.map(lambda s: s.sharding, self._abstract)
-    step = make_train_step(self._config, graphdef, self._tx, self._steps)
-    # The shardings out are pinned: left free, small ones drift and the next step would not fit.
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(self._abstract, batch).compile()
+def check_profile(config: RunConfig, steps: int) -> None:
+  """Raises ConfigError if the run ends before the steps to trace do."""
+  if config.profile.steps and config.profile.span()[-1] > steps:
+    raise ConfigError(f"config.profile.steps is {config.profile.steps}, but the run has only "
+                      f"{steps} steps; trace earlier ones")
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -261,14 +232,20 @@ def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
           if k != "sample_index"}
 
 
-def usage(batch: dict[str, np.ndarray], shape: Format) -> metrics_lib.Usage:
+def usage(batch: dict[str, np.ndarray], shape: Format, config: RunConfig) -> metrics_lib.Usage:
   """What a batch holds, and what it has room for, over all hosts (as if all were like this one)."""
   slots = (batch["visual_index"] // shape.tokens_per_image).max(axis=1) + 1
-  hosts = jax.process_count()
+  hosts, window = jax.process_count(), config.model.decoder.sliding_window
+  real = batch["segment_ids"] > 0
+  seen = np.minimum(batch["positions"] + 1, window or shape.length)  # by a position, in its sample
+  useful = Work(hosts * int(real.sum()), hosts * int(seen[real].sum()), hosts * int(slots.sum()),
+                shape.hr_size)
   return metrics_lib.Usage(
-      tokens=hosts * int((batch["segment_ids"] > 0).sum()), positions=shape.rows * shape.length,
-      images=hosts * int(slots.sum()), slots=shape.rows * shape.slots,
-      samples=hosts * int((batch["sample_index"] >= 0).sum()))
+      tokens=useful.positions, positions=shape.rows * shape.length,
+      images=useful.images, slots=shape.rows * shape.slots,
+      samples=hosts * int((batch["sample_index"] >= 0).sum()),
+      flops=model_flops(config, whole_batch(shape, window)).total,
+      useful_flops=model_flops(config, useful).total)
 
 
 def skipped(position: dict) -> dict[str, int]:
@@ -315,24 +292,3 @@ def describe(config: RunConfig, abstract: TrainState, data: Pipeline, steps: int
                       "images_per_row; launch/check_data.py shows what fits")
   logging.info("training %s; frozen %.2f M; %d samples, %d steps", parts,
                count(abstract.frozen) / 1e6, len(data.report.kept), steps)
-
-
-def agreed(stop: bool) -> bool:
-  """Whether any host was told to stop: all save the same step, whenever the signal reached them."""
-  if jax.process_count() == 1:
-    return stop
-  return bool(multihost_utils.process_allgather(np.array(stop)).any())
-
-
-@contextlib.contextmanager
-def stop_signal() -> Any:
-  """An event that SIGTERM sets, so that the loop can end between two steps."""
-  event = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield event  # a notebook's worker thread: nobody sends it signals
-    return
-  before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-  try:
-    yield event
-  finally:
-    signal.signal(signal.SIGTERM, before)

@@ -22,6 +22,7 @@ from mgjax.checkpoint import (
 )
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.models.tagger import Tagger
+from mgjax.sharding import on_this_host
 from mgjax.train.config import RunConfig
 from mgjax.train.optimizer import check_table, split_frozen
 
@@ -44,12 +45,14 @@ class TrainState:
 def model_builder(config: RunConfig, hr_size: int | None = None):
   """() -> the nnx module that the objective trains; hr_size: for pictures of another size than the
   model's own (the parameters are the same)."""
-  kwargs = dict(remat_policy=config.remat, dtype=jnp.dtype(config.dtype))
+  dtype = jnp.dtype(config.dtype)
   if config.objective == "language":
     model = config.model.at(hr_size) if hr_size else config.model
-    return lambda: MiniGemini(model, **kwargs, rngs=nnx.Rngs(config.seed))
+    return lambda: MiniGemini(model, remat=config.remat, attention=config.attention, dtype=dtype,
+                              rngs=nnx.Rngs(config.seed))
   tower = config.objective.partition(":")[2]
-  return lambda: Tagger(config.model, tower, **kwargs, rngs=nnx.Rngs(config.seed))
+  return lambda: Tagger(config.model, tower, remat_policy=config.remat.towers,
+                        attention=config.attention, dtype=dtype, rngs=nnx.Rngs(config.seed))
 
 
 def abstract_state(config: RunConfig, tx: optax.GradientTransformation,
@@ -66,8 +69,9 @@ def abstract_state(config: RunConfig, tx: optax.GradientTransformation,
   whole = NamedSharding(mesh, P())
   opt_state = jax.eval_shape(tx.init, params)
   opt_state = optax.tree.map_params(
-      tx, lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding), opt_state,
-      params, transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole))
+      lambda params: on_this_host(tx.init, params),
+      lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p.sharding), opt_state, params,
+      transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
   return graphdef, TrainState(step, params, frozen, opt_state)
 

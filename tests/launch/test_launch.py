@@ -17,7 +17,8 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu"}
 def command(root, *flags, config="stage2.py:tiny"):
   return [sys.executable, "launch/train.py", f"--config=configs/{config}", f"--workdir={root}/run",
           f"--config.data.path={root}/data.json", f"--config.data.image_root={root}",
-          f"--config.tokenizer={TOKENIZER}", "--config.data.batch_size=4", "--config.remat=none",
+          f"--config.tokenizer={TOKENIZER}", "--config.data.batch_size=4",
+          "--config.remat.decoder=none",
           "--config.mesh.fsdp=1", "--config.dtype=float32", "--config.frozen_dtype=float32", *flags]
 
 

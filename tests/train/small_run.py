@@ -1,12 +1,16 @@
 """A run of the tiny model on pictures and conversations made on the spot."""
 import json
+import os
 import pathlib
+import signal
 
 import numpy as np
 from PIL import Image
 
 from mgjax.data.config import DataConfig
+from mgjax.models.remat import KEEP_ALL
 from mgjax.presets import find
+from mgjax.train import loop
 from mgjax.train.config import CheckpointConfig, MeshConfig, RunConfig
 from mgjax.train.optimizer import OptimizerConfig, Row
 
@@ -34,7 +38,18 @@ def make_run(root, *, steps, accumulate=1, workers=0) -> RunConfig:
                       tokens_per_image=16, batch_size=8, workers=workers),
       optimizer=OptimizerConfig(
           1e-3, (Row("^(mining|projector|decoder)/"), Row("", None)), clip_norm=1.0),
-      mesh=MeshConfig(1, 1, 1, 1), remat="none", dtype="float32", frozen_dtype="float32",
+      mesh=MeshConfig(1, 1, 1, 1), remat=KEEP_ALL, dtype="float32", frozen_dtype="float32",
       checkpoint=CheckpointConfig(every=1000))
 
 
+def stop_at(monkeypatch, step):
+  """Sends SIGTERM to this process before that step is done."""
+  usage, calls = loop.usage, []
+
+  def watched(*args):  # called as a step's record is written
+    calls.append(None)
+    if len(calls) == step - 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return usage(*args)
+
+  monkeypatch.setattr(loop, "usage", watched)

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from small_run import make_run
+from small_run import make_run, stop_at
 
 from mgjax import checkpoint, trees
 from mgjax.checkpoint import CheckpointError
@@ -77,19 +76,6 @@ def test_a_mixed_packed_run_resumes_bit_identical(tmp_path, monkeypatch):
   for line in lines:
     assert 0 < line["data/filled_tokens"] <= 1 and 0 <= line["data/filled_images"] <= 1
     assert 0 <= line["data/waiting"] < 1
-
-
-def stop_at(monkeypatch, step):
-  """Sends SIGTERM to this process before that step is done."""
-  usage, calls = loop.usage, []
-
-  def watched(batch, shape):  # called as a step's record is written
-    calls.append(None)
-    if len(calls) == step - 1:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return usage(batch, shape)
-
-  monkeypatch.setattr(loop, "usage", watched)
 
 
 def test_accumulation_gives_the_exact_token_mean(tmp_path):

@@ -1,0 +1,27 @@
+"""What the compiler is told, for each platform.  The one place that does."""
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+# Names and meanings: docs/tpu.md.
+_OPTIONS = {
+    "tpu": {
+        # FSDP gathers each weight as a whole, ahead of its product; cutting products into a ring of
+        # small ones (collective matmul) costs more than it hides at these sizes.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+        # All-gathers and reduce-scatters go on beside products (v5e does the first by default).
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_enable_async_all_gather": "true",
+        "xla_enable_async_reduce_scatter_fusion": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+    },
+}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """For `lowered.compile(compiler_options=...)`, by the platform of the mesh's devices."""
+  return _OPTIONS.get(mesh.devices.flat[0].platform, {})
