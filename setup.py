@@ -33,7 +33,8 @@ setup(
         "demo": ["scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6"],
         "tensorboard": ["tensorboardX>=2.6"],
         "generate": ["openai>=3"],  # launch/prepare_data.py prompts
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5",
+        "test": ["jax[tpu]>=0.10,<0.11.1",  # its compiler; no TPU is needed
+                 "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5",
                  "scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6",
                  "openai>=3"],
         "tfds": ["tensorflow-datasets>=4.9.7"],

@@ -3,9 +3,7 @@
     python benchmarks/packing.py            # rows and batches of the paper's mixtures: seconds
     python benchmarks/packing.py --demo     # and steps/s of the demo's model, packed and padded
 
-The mixtures are R7's parts with their sizes; the text lengths (mean tokens, spread of their
-logarithm) are assumptions, close to what the released files look like, not measured on them: for
-real data launch/check_data.py says the same.
+The mixtures are those of mgjax/data/mixtures.py.
 """
 import argparse
 import dataclasses
@@ -15,32 +13,8 @@ import time
 import jax
 import numpy as np
 
+from mgjax.data.mixtures import STAGE1, STAGE2, draw
 from mgjax.data.packing import WINDOW, group, pack
-
-# (part, thousands, pictures, mean text tokens, sigma of the logarithm)
-STAGE1 = (("LLaVA-Pretrain", 558, 1, 26, 0.35), ("ALLaVA-4V captions", 695, 1, 230, 0.3))
-STAGE2 = (
-    ("LLaVA conversations", 158, 1, 260, 0.5), ("VQAv2", 83, 1, 150, 0.4), ("GQA", 72, 1, 230, 0.5),
-    ("OKVQA", 9, 1, 100, 0.3), ("OCR-VQA", 80, 1, 170, 0.4), ("A-OKVQA", 66, 1, 130, 0.3),
-    ("RefCOCO", 48, 1, 270, 0.4), ("Visual Genome", 86, 1, 370, 0.4),
-    ("ShareGPT", 40, 0, 1040, 0.7), ("ShareGPT4V", 100, 1, 300, 0.3),
-    ("LAION-GPT-4V", 10, 1, 300, 0.4),
-    ("ALLaVA-4V", 700, 1, 330, 0.4), ("multi-turn text", 6, 0, 640, 0.8),
-    ("documents", 28, 1, 140, 0.5), ("generation", 13, 0, 170, 0.4))
-SAMPLES = 60_000
-
-
-def draw(table, visual_tokens: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-  """Lengths and pictures of a mixture, in random order, cut to `longest`."""
-  rng = np.random.default_rng(0)
-  lengths, images = [], []
-  for _, count, pictures, mean, sigma in table:
-    n = round(SAMPLES * count / sum(row[1] for row in table))
-    text = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)
-    lengths.append(np.minimum(np.rint(text).astype(int) + pictures * visual_tokens, longest))
-    images.append(np.full(n, pictures))
-  order = rng.permutation(sum(map(len, lengths)))
-  return np.concatenate(lengths)[order], np.concatenate(images)[order]
 
 
 def padded_use(lengths, images, text, world: int, batch: int, grouped: bool) -> float:

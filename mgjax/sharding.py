@@ -3,10 +3,14 @@ activations alike."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,8 +47,34 @@ def make_mesh(shape: dict[str, int] | tuple[int, ...] = (1, 1, 1, 1), devices=No
     raise ConfigError(
         f"mesh: {asked} does not cover the {len(devices)} devices present; the sizes must multiply "
         f"to {len(devices)} (one of them may be -1, e.g. --config.mesh.fsdp=-1)")
+  slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
+  if sizes[0] % slices:
+    raise ConfigError(f"mesh: data={sizes[0]} over {slices} TPU slices; data must be a multiple of "
+                      f"{slices}, so that only gradients leave a slice")
+  lay = functools.partial(mesh_utils.create_device_mesh, devices=devices)
+  if slices > 1:
+    lay = functools.partial(mesh_utils.create_hybrid_device_mesh,
+                            dcn_mesh_shape=(slices, 1, 1, 1), devices=devices)
+    sizes = (sizes[0] // slices, *sizes[1:])
   # Auto has to be asked for: under the default (Explicit) FSDP weights collide with FSDP batches.
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  return Mesh(lay(sizes, allow_split_physical_axes=True), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fit_mesh(sizes: Sequence[int], devices: int, rows: Sequence[int]) -> tuple[int, ...]:
+  """Sizes of AXES with fsdp and tensor worked out where both are -1: fsdp takes as many devices as
+  can share each of these numbers of rows evenly, tensor the rest.  Others come back as they are.
+
+  >>> fit_mesh((1, -1, -1, 1), 64, [32]), fit_mesh((2, -1, -1, 1), 64, [64])
+  ((1, 32, 2, 1), (2, 32, 1, 1))
+  """
+  data, fsdp, tensor, expert = sizes
+  if (fsdp, tensor) != (-1, -1) or data < 1 or expert < 1 or devices % (data * expert):
+    return tuple(1 if s == -1 and i == AXES.index("tensor") and fsdp == -1 else s
+                 for i, s in enumerate(sizes))
+  left, most = devices // (data * expert), math.gcd(*rows)
+  fsdp = max(f for f in range(1, left + 1) if left % f == 0 and most % (data * f) == 0 or f == 1)
+  return data, fsdp, left // fsdp, expert
 
 
 @contextlib.contextmanager
@@ -52,6 +82,12 @@ def mesh_context(mesh: Mesh):
   """The one place that enters a mesh; modules are built and steps are traced inside it."""
   with jax.set_mesh(mesh), nnx.logical_axis_rules(tuple(RULES.items())):
     yield mesh
+
+
+def on_this_host(f, *args):
+  """f(*args) outside the mesh: what runs at once cannot run on devices that are only described."""
+  with jax.set_mesh(make_mesh(devices=jax.local_devices()[:1])):
+    return f(*args)
 
 
 def spec(*names: str | None) -> P:
@@ -64,10 +100,43 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
+def fitting_spec(shape: tuple[int, ...], *names: str | None) -> P:
+  """`spec`, with the dimensions whole that the mesh does not divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return P(*(axes if _divides(mesh, axes, size) else None
+             for axes, size in zip(spec(*names), shape)))
+
+
+def gathered(w: jax.Array, *names: str | None) -> jax.Array:
+  """A weight as a product wants it: its fsdp parts brought together, its tensor parts where they are.
+
+  names: the logical names of its dimensions.  Its gradient is laid out as the weight is.  Without
+  this the partitioner may cut the activations like the weight instead, which moves far more.
+  """
+  stored = fitting_spec(w.shape, *names)
+  used = tuple(None if axes == "fsdp" else axes for axes in stored)
+  return _relaid(w, stored, P(*used)) if stored != P(*used) else w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _relaid(w, stored, used):
+  return jax.lax.with_sharding_constraint(w, used)
+
+
+def _scattered(stored, used, _, g):
+  # TPUs scatter a sum along the outermost dimension; along others they sum all of it everywhere.
+  axis = [a is b for a, b in zip(stored, used)].index(False)
+  spec = P(stored[axis], *stored[:axis], *stored[axis + 1:])
+  return (jnp.moveaxis(jax.lax.with_sharding_constraint(jnp.moveaxis(g, axis, 0), spec), 0, axis),)
+
+
+_relaid.defvjp(lambda w, stored, used: (_relaid(w, stored, used), None), _scattered)
+
+
 def check_heads(config: DecoderConfig, mesh: Mesh) -> None:
   """Raises ConfigError if the tensor axis would cut an attention head."""
   ways = mesh.shape["tensor"]
-  if config.experts % mesh.shape["expert"]:
+  if max(config.experts, 1) % mesh.shape["expert"]:
     raise ConfigError(f"mesh: expert={mesh.shape['expert']} does not divide the {config.experts} "
                       "experts of the decoder")
   for name in ("heads", "kv_heads"):

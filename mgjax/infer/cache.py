@@ -10,6 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mgjax.config import DecoderConfig
 from mgjax.models.decoder import Decoder
@@ -53,15 +55,24 @@ def with_unstacked_blocks(decoder: Decoder) -> Decoder:
   """The same decoder with `blocks` as a list of layers, as `extend` reads it.
 
   The layers are copied out of the stack; everything else is shared with the decoder given, which
-  stays as it is.
+  stays as it is.  A decoder of ShapeDtypeStructs gives one of ShapeDtypeStructs.
   """
   graphdef, state = nnx.split(decoder.blocks)
   depth = decoder.config.depth
-  layer_of = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
-  unstack = jax.jit(lambda stack: [layer_of(stack, i) for i in range(depth)])
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+    layers = [jax.tree.map(_layer_shape, state)] * depth
+  else:
+    layer_of = lambda stack, i: jax.tree.map(lambda a: a[i], stack)
+    layers = jax.jit(lambda stack: [layer_of(stack, i) for i in range(depth)])(state)
   decoder = nnx.merge(*nnx.split(decoder))  # new module objects around the same arrays
-  decoder.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in unstack(state)])
+  decoder.blocks = nnx.List([nnx.merge(graphdef, layer) for layer in layers])
   return decoder
+
+
+def _layer_shape(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  mesh, spec = stack.sharding.mesh, stack.sharding.spec
+  return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype,
+                              sharding=NamedSharding(mesh, P(*spec[1:])))
 
 
 def extend(decoder: Decoder, x: jax.Array, start: jax.Array, first: jax.Array,

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from mgjax.infer.cache import Cache, empty_cache, extend, rounded_slots, with_unstacked_blocks
 from mgjax.infer.sampling import Sampling, sample
 from mgjax.models.mini_gemini import MiniGemini
-from mgjax.sharding import batch_shards, mesh_context
+from mgjax.sharding import batch_shards, mesh_context, spec
 
 # 768 holds one picture of 576 tokens and a question, 1536 two, 3072 an HD picture of 2880.
 BUCKETS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -91,7 +91,7 @@ class Engine:
       self._graphdef, params = nnx.split(model)
       # A flat list: taking an nnx state apart at every token would cost more than the dispatch.
       self._params, self._treedef = jax.tree.flatten(params)
-      self._blank = jnp.zeros((self._per_image, self.config.decoder.width), model.dtype)
+      self._dtype = model.dtype
     self._encode = jax.jit(self._encode_program)
     self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
     self._decode = jax.jit(self._decode_program, donate_argnames="cache")
@@ -113,7 +113,7 @@ class Engine:
     self.compiled[f"prefill {rows}x{length}, {len(images) // rows} images, "
                   f"{cache.slots} slots"] += 1
     model = self._model(params)
-    visual = jnp.stack(images).reshape(rows, -1, self._blank.shape[-1])  # [B, slots*T, D]
+    visual = jnp.stack(images).reshape(rows, -1, self.config.decoder.width)  # [B, slots*T, D]
     x = model.place(tokens, visual_index, visual)
     x, cache = extend(model.decoder, x, slot, first, cache)
     x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
@@ -182,6 +182,40 @@ class Engine:
     """Reads the token of `step` and draws the next.  The cache given is used up."""
     with mesh_context(self.mesh):
       return self._decode(self._params, step, settings, cache)
+
+  # Programs of an engine whose model is made of ShapeDtypeStructs, to be compiled ahead of time.
+
+  def lower_prefill(self, rows: int, length: int) -> jax.stages.Lowered:
+    """Of prompts with a picture each, read into an empty cache of just their length."""
+    number, row = self._shape((), jnp.int32), self._shape((rows,), jnp.int32)
+    window = self._shape((rows, length), jnp.int32)
+    image = self._shape((self._per_image, self.config.decoder.width), self._dtype)
+    with mesh_context(self.mesh):
+      return self._prefill.lower(
+          self._params, window, window, (image,) * rows, number, row, number,
+          self._shape((), jnp.uint32), self._settings_shapes(), cache=self._cache_shapes(rows, length))
+
+  def lower_decode(self, rows: int, slots: int) -> jax.stages.Lowered:
+    """Of one more token a row, with a cache of that many slots."""
+    number, row = self._shape((), jnp.int32), self._shape((rows,), jnp.int32)
+    logits = self._shape((rows, self.config.decoder.vocab_size), jnp.float32)
+    rng = self._shape((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    with mesh_context(self.mesh):
+      return self._decode.lower(self._params, Step(row, logits, number, row, rng),
+                                self._settings_shapes(), cache=self._cache_shapes(rows, slots))
+
+  def _shape(self, dims, dtype, *axes):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(self.mesh, spec(*axes)))
+
+  def _settings_shapes(self):
+    return dict(temperature=self._shape((), jnp.float32), top_p=self._shape((), jnp.float32),
+                top_k=self._shape((), jnp.int32))
+
+  def _cache_shapes(self, rows, slots):
+    lay = lambda a: self._shape(a.shape, a.dtype, "batch", "act_heads", None, None)
+    with mesh_context(self.mesh):
+      return jax.tree.map(lay, jax.eval_shape(
+          lambda: self._empty_program(rows, rounded_slots(slots))))
 
   def settings(self, sampling: Sampling) -> dict[str, jax.Array]:
     """The arguments of `sample` on the device."""
@@ -261,6 +295,11 @@ class Engine:
 
   def _put(self, x):
     return jax.device_put(x, self._replicated)
+
+  @functools.cached_property
+  def _blank(self):  # where a row has fewer pictures than others
+    with mesh_context(self.mesh):
+      return jnp.zeros((self._per_image, self.config.decoder.width), self._dtype)
 
   @functools.cached_property
   def _replicated(self):

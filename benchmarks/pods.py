@@ -1,0 +1,139 @@
+"""The table of docs/tpu.md: every preset and stage on the smallest slice that takes its batch.
+
+    python benchmarks/pods.py --out=work_dirs/pods.jsonl          # sketches: an hour on 2 cores
+    python benchmarks/pods.py --out=work_dirs/pods.jsonl --table  # print what is there
+
+A row is found by trying slices from the smallest on, then fewer rows at a time, then less remat.
+What stands in the file already is not done again.
+"""
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+from mgjax.checkpoint import abstract_params  # noqa: E402
+from mgjax.config import ConfigError  # noqa: E402
+from mgjax.data.mixtures import STAGE1, STAGE2, fill  # noqa: E402
+from mgjax.presets import PRESETS  # noqa: E402
+from mgjax.sharding import make_mesh, mesh_context  # noqa: E402
+from mgjax.tpu import account, slices, sweep  # noqa: E402
+from mgjax.tpu.report import Report  # noqa: E402
+from mgjax.train.config import RunConfig, run_config  # noqa: E402
+from mgjax.train.optimizer import split_frozen  # noqa: E402
+from mgjax.train.state import model_builder  # noqa: E402
+
+_REPO = Path(__file__).resolve().parents[1]
+GENERATIONS = ("v5e", "v5p", "v6e")
+
+
+def configs() -> list[tuple[int, str]]:
+  """(stage, preset) of every published recipe; high definition begins in stage 2."""
+  names = [name for name in PRESETS if name.startswith("mgm-")]
+  return [(1, n) for n in names if not n.endswith("-hd")] + [(2, n) for n in names]
+
+
+def load(stage: int, preset: str, changes: dict) -> RunConfig:
+  """The config file of a stage, with some of its keys changed."""
+  path = _REPO / "configs" / f"stage{stage}.py"
+  spec = importlib.util.spec_from_file_location("config_file", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(preset)
+  config.update_from_flattened_dict(changes)
+  return run_config(config.to_dict())
+
+
+def smallest(stage: int, preset: str, generation: str) -> dict:
+  """The row of a preset on a generation."""
+  for number in slices.SLICES[generation]:
+    chosen = slices.parse_slice(f"{generation}-{number}")
+    for changes in ({}, {"accumulate": 2}, {"accumulate": 4}):
+      try:
+        config = load(stage, preset, changes)
+        if not _state_fits(config, chosen):
+          break  # the next slice
+        best = None
+        for policy in sweep.POLICIES[:-1][::-1]:  # from what keeps least
+          more = changes | {"remat.decoder": policy}
+          found = account.of_config(load(stage, preset, more), "train", chosen, sketched=True)
+          if not all(r.fits for r in found):
+            break
+          if best is None or found[0].step < best[0].step:
+            best = found[0], more
+      except ConfigError:
+        continue
+      if best:
+        return _row(stage, preset, config, *best)
+  return {"stage": stage, "preset": preset, "generation": generation, "fits": False}
+
+
+def _state_fits(config, chosen) -> bool:
+  """Whether the arrays that stay, and gradients, could fit; saves trying slices far too small."""
+  mesh = make_mesh(devices=jax.local_devices()[:1])
+  with mesh_context(mesh):
+    shapes = abstract_params(model_builder(config), mesh)[1]
+  count = lambda tree: sum(math.prod(s.shape) for s in jax.tree.leaves(tree))
+  trained, frozen = map(count, split_frozen(shapes, config.optimizer.table))
+  return 14 * trained + 2 * frozen < 0.9 * chosen.chips * slices.chip(chosen).hbm
+
+
+def _row(stage, preset, config, made: Report, changes) -> dict:
+  shape = config.data.formats[0][0]
+  use = fill(STAGE1 if stage == 1 else STAGE2, shape, config.data.max_length)
+  flags = "".join(f" --config.{k}={v}" for k, v in changes.items())
+  return made.as_json() | {
+      "stage": stage, "preset": preset, "generation": made.slice.split("-")[0],
+      "useful": use.tokens, "hours": use.batches * made.step / 3600,
+      "command": f"python launch/compile.py --config=configs/stage{stage}.py:{preset} "
+                 f"--topology={made.slice}{flags}"}
+
+
+def table(rows: list[dict]) -> str:
+  """Markdown."""
+  lines = ["| stage | preset | slice | mesh | GiB a chip | step s | MFU | MFU bound | "
+           "exposed links | useful tokens | hours | flags |", "|" + "---|" * 12]
+  for r in rows:
+    if not r["fits"]:
+      lines.append(f"| {r['stage']} | {r['preset']} | none of {r['generation']} |" + " |" * 9)
+      continue
+    mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items()) or "1"
+    flags, peak = " ".join(r["command"].split()[4:]), r["memory"]["peak"] / 2**30
+    lines.append(
+        f"| {r['stage']} | {r['preset']} | {r['slice']} | {mesh} | {peak:.1f} | {r['step']:.2f} "
+        f"| {r['mfu']:.0%} | {r['mfu_bound']:.0%} | {r['exposed'] / r['step']:.0%} "
+        f"| {r['useful']:.0%} | {r['hours']:.1f} | `{flags}` |")
+  return "\n".join(lines)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--out", required=True, help="file of rows, JSON lines")
+  parser.add_argument("--table", action="store_true", help="print the table of the file")
+  args = parser.parse_args()
+  out = Path(args.out)
+  rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+  if args.table:
+    print(table(sorted(rows, key=lambda r: (r["stage"], r["preset"], r["generation"]))))
+    return 0
+  done = {(r["stage"], r["preset"], r["generation"]) for r in rows}
+  out.parent.mkdir(parents=True, exist_ok=True)
+  for stage, preset in configs():
+    for generation in GENERATIONS:
+      if (stage, preset, generation) in done:
+        continue
+      row = smallest(stage, preset, generation)
+      with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+      print(table([row]).splitlines()[-1], flush=True)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,196 @@
+"""What an instruction of a compiled program costs: operations, bytes of main memory, seconds."""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from mgjax.chips import Chip
+from mgjax.tpu.hlo import Array, Instruction, Module
+
+# Instructions that move or compute nothing by themselves.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+         "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency",
+         "domain", "async-start", "async-update", "async-done", "copy-done", "slice-done",
+         "dynamic-slice-done"}
+# Custom calls that the compiler uses for bookkeeping.
+# Products of groups of rows, see models/grouped.py.
+_GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective",
+               "GatherScatterIndicesBitpacked", "Sharding", "SPMD", "annotate_device_placement",
+               "MoveToHost", "MoveToDevice", "PinToDevice")
+# What carries no estimate of the compiler's: these parts of the peak rate are assumed.
+ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE = 0.5, 0.8, 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one run of an instruction: operations of matrix products, bytes of HBM, seconds of the core.
+
+  estimated: whether the seconds come from the compiler's model."""
+
+  flops: float = 0
+  bytes: float = 0
+  seconds: float = 0
+  estimated: bool = False
+
+
+def cost(module: Module, computation: str, instruction: Instruction, chip: Chip) -> Cost:
+  """The cost of an instruction by itself: what a loop or call runs is counted there."""
+  i = instruction
+  if (i.opcode in _FREE or (i.opcode == "custom-call" and _is_free_call(i))
+      or i.name.startswith("async-collective-")):  # the links' work, see links.py
+    return Cost()
+  flops, moved = op_flops(module, computation, i), hbm_bytes(module, computation, i)
+  if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+    return Cost(0, moved)  # by the memory's own engine, behind the core's back
+  if i.cycles is not None:
+    return Cost(flops, moved, max(i.cycles / chip.clock, flops / chip.peak), True)
+  rate = GROUPED_RATE if _is_grouped(i) else ATTENTION_RATE if is_kernel(i) else PRODUCT_RATE
+  return Cost(flops, moved, max(flops / rate / chip.peak, moved / chip.hbm_bandwidth), False)
+
+
+def is_kernel(i: Instruction) -> bool:
+  """Whether it is a Pallas kernel."""
+  return i.opcode == "custom-call" and "tpu_custom_call" in i.attributes
+
+
+def _is_grouped(i):
+  return i.opcode == "custom-call" and bool(_GROUPED.match(i.name))
+
+
+def _is_free_call(i):
+  return any(name in (i.attribute("custom_call_target") or "") for name in _FREE_CALLS)
+
+
+def op_flops(module: Module, computation: str, i: Instruction) -> float:
+  """Operations of products of matrices and convolutions, a multiplication and an addition each 2;
+  those inside a fusion counted; for a kernel, what it declares."""
+  operands = module.computations[computation]
+  if i.opcode == "convolution":
+    return _convolution_flops(i, *(operands[name].arrays[0] for name in i.operands))
+  if i.opcode == "dot":
+    lhs = operands[i.operands[0]].arrays[0]
+    contracted = (i.attribute("lhs_contracting_dims") or "{}").strip("{}")
+    return 2 * math.prod(i.arrays[0].dims) * math.prod(
+        lhs.dims[int(d)] for d in contracted.split(",") if d)
+  if i.opcode == "fusion":
+    body = i.called()[0]
+    return sum(op_flops(module, body, inner) for inner in module.computations[body].values())
+  if _is_grouped(i):
+    rows, columns = i.arrays[0].dims[-2:]
+    arrays = [operands[name].arrays[0].dims for name in i.operands]
+    if len(i.arrays[0].dims) == 3:  # a matrix a group: the sum over rows
+      return 2 * rows * columns * max(dims[0] for dims in arrays if len(dims) == 2)
+    return 2 * rows * columns * max(dims[1] for dims in arrays
+                                    if len(dims) == 2 and dims[0] == rows)
+  return _attention_flops(operands, i) if is_kernel(i) else 0
+
+
+def _attention_flops(operands, i: Instruction) -> float:
+  """Of a splash attention kernel: two products forward, five backward (all gradients in one), over
+  the blocks that its mask leaves.  0 for another kernel."""
+  products = 2 if "splash_mha_fwd" in i.name else 5 if "splash_mha_dkv" in i.name else 0
+  arrays = [operands[name].arrays[0] for name in i.operands]
+  queries = next((a for a in arrays if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")), None)
+  if not products or queries is None:
+    return 0
+  *heads, length, width = queries.dims
+  # With a mask that leaves blocks out comes a table of the blocks [.., queries, keys at most].
+  tables = [a.dims for a in arrays if a.dtype in ("s8", "s16", "s32") and len(a.dims) == 3]
+  share = 1.0
+  if tables:
+    n, most = max(tables[0][-2:]), min(tables[0][-2:])
+    share = min(n * most, n * (n + 1) / 2) / n**2
+  return products * 2 * math.prod(heads) * length**2 * width * share
+
+
+def _convolution_flops(i: Instruction, lhs: Array, rhs: Array) -> float:
+  """2 x output features x input features of a group x batch x, for each spatial dimension, the
+  pairs of an output and a tap that fall inside the input.  (A TPU's products of matrices are
+  convolutions; a batch dimension of a product is a window of which one tap hits.)"""
+  labels = i.attribute("dim_labels")
+  left, _, rest = labels.partition("_")
+  right, _, out = rest.partition("->")
+  window = _window(i.attribute("window") or "")
+  spatial = [c for c in out if c.isdigit()]
+  pairs = 1.0
+  for n, label in enumerate(spatial):
+    pairs *= _pairs(lhs.dims[left.index(label)], rhs.dims[right.index(label)],
+                    i.arrays[0].dims[out.index(label)],
+                    {k: v[n] for k, v in window.items() if n < len(v)})
+  groups = int(i.attribute("batch_group_count") or 1)
+  batch = lhs.dims[left.index("b")] // groups
+  return 2 * pairs * batch * rhs.dims[right.index("i")] * rhs.dims[right.index("o")]
+
+
+def _window(text):
+  fields = dict(part.split("=") for part in text.strip("{}").split() if "=" in part)
+  return {name: value.split("x") for name, value in fields.items()}
+
+
+def _pairs(size, taps, outputs, window) -> int:
+  """Pairs (output, tap) that read a real element of the input."""
+  stride = int(window.get("stride", 1))
+  low = int(window.get("pad", "0_0").split("_")[0])
+  spread, apart = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
+  at = (np.arange(outputs)[:, None] * stride - low + np.arange(taps)[None, :] * apart)
+  return int(np.count_nonzero((at >= 0) & (at < (size - 1) * spread + 1) & (at % spread == 0)))
+
+
+def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
+  """Bytes read from and written to HBM.  Of an operand of which a fusion takes a slice, the slice;
+  of one that it updates in place, the update."""
+  operands = module.computations[computation]
+  arrays = lambda name: operands[name].arrays if name in operands else ()
+  if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+    source, result = arrays(i.operands[0])[0], i.arrays[1]
+    return result.bytes * (source.in_hbm + result.in_hbm)
+  if i.opcode != "fusion":
+    if i.opcode == "dynamic-update-slice":
+      return 2 * arrays(i.operands[1])[0].bytes * i.arrays[0].in_hbm
+    return sum(a.bytes for a in i.arrays if a.in_hbm) + sum(
+        a.bytes for name in i.operands for a in arrays(name) if a.in_hbm)
+  body = module.computations[i.called()[0]]
+  total = 0.0
+  for inner in body.values():
+    if inner.opcode == "parameter" and (index := int(inner.argument)) < len(i.operands):
+      total += sum(_read(module, body, inner, a) for a in arrays(i.operands[index]) if a.in_hbm)
+  root = next(reversed(body.values()))
+  leaves = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+  for array, leaf in zip(i.arrays, leaves):
+    leaf = _behind_bitcasts(body, leaf)
+    written = (body[leaf.operands[1]].arrays[0] if leaf.opcode == "dynamic-update-slice" else array)
+    total += written.bytes * array.in_hbm
+  return total
+
+
+def _behind_bitcasts(body, i):
+  while i.opcode in ("bitcast", "copy") and i.operands and i.operands[0] in body:
+    i = body[i.operands[0]]
+  return i
+
+
+def _read(module, body, parameter, array) -> float:
+  """Bytes of an operand of a fusion that are read: slices of it, as far as only these are taken."""
+  names, seen = [parameter.name], 0.0
+  for name in names:
+    for user in body.values():
+      if name not in user.operands:
+        continue
+      if user.opcode == "bitcast":
+        names.append(user.name)
+      elif user.opcode in ("dynamic-slice", "slice"):
+        seen += user.arrays[0].bytes
+      elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        pass
+      elif user.opcode == "fusion":
+        inside = module.computations[user.called()[0]]
+        places = [str(n) for n, operand in enumerate(user.operands) if operand == name]
+        seen += sum(_read(module, inside, inner, array) for inner in inside.values()
+                    if inner.opcode == "parameter" and inner.argument in places)
+      else:
+        return array.bytes
+  return min(array.bytes, seen)

@@ -1,0 +1,146 @@
+"""What a compiled program takes on a slice, as numbers and as text."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mgjax.chips import Chip
+from mgjax.tpu import hlo, links
+from mgjax.tpu.aot import Compiled, Program
+from mgjax.tpu.calibration import SKETCH, WHOLE
+from mgjax.tpu.roofline import NOT_COUNTED, Estimate, estimate
+from mgjax.tpu.slices import Slice
+from mgjax.tpu.slices import chip as chip_of_slice
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes a chip.  activations: everything that the program makes on the way, gradients too."""
+
+  params: int
+  frozen: int
+  optimizer: int
+  batch: int        # and other arguments
+  activations: int
+  code: int
+  peak: int
+  available: int
+
+  @property
+  def fits(self) -> bool:
+    return self.peak <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A program on a slice.  Times are estimates, in seconds; `step` is the calibrated one."""
+
+  program: str
+  slice: str
+  chips: int
+  mesh: dict[str, int]
+  whole: bool                 # compiled to the end, or a sketch: products at an assumed rate
+  compile_seconds: float
+  memory: Memory
+  model_flops: float          # a chip, by the mathematics
+  compiled_flops: float       # a chip
+  kernel_flops: float         # of these in Pallas kernels
+  hbm_bytes: float
+  collectives: tuple[dict[str, Any], ...]
+  products: float
+  core: float
+  memory_time: float
+  links: float
+  exposed: float
+  by_source: dict[str, float]
+  bound: float
+  binds: str
+  expected: float
+  calibration: float
+  step: float
+  mfu_bound: float
+  mfu: float
+  tokens_per_s_per_chip: float
+  images_per_s_per_chip: float
+
+  @property
+  def fits(self) -> bool:
+    return self.memory.fits
+
+  def as_json(self) -> dict[str, Any]:
+    """All of it, and what is not counted."""
+    return dataclasses.asdict(self) | {"fits": self.fits, "not_counted": NOT_COUNTED}
+
+  def as_text(self) -> str:
+    """For people."""
+    return _text(self)
+
+
+def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> Report:
+  """The account of a compiled program."""
+  chip, chips = chip_of_slice(chosen), chosen.chips
+  guess = estimate(hlo.parse(compiled.text), chip, links.Network(mesh, chosen, chip))
+  factor = WHOLE if compiled.whole else SKETCH
+  needed, step = program.model_flops / chips, guess.expected * factor
+  return Report(
+      program.what, chosen.name, chips, {a: n for a, n in program.mesh.items() if n > 1},
+      compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
+      guess.flops, guess.kernel_flops, guess.hbm_bytes, _collectives(guess), guess.products,
+      guess.core, guess.memory, guess.links, guess.exposed, guess.by_source, guess.bound, guess.binds,
+      guess.expected, factor, step, needed / chip.peak / guess.bound, needed / chip.peak / step,
+      program.positions / chips / step, program.images / chips / step)
+
+
+def memory(program: Program, compiled: Compiled, chip: Chip) -> Memory:
+  """By the compiler's account."""
+  known = [program.arguments.get(k, 0) for k in ("params", "frozen", "optimizer")]
+  return Memory(*known, compiled.arguments - sum(known), compiled.temporary, compiled.code,
+                compiled.arguments + compiled.temporary + compiled.code, chip.hbm)
+
+
+def _collectives(guess: Estimate) -> tuple[dict[str, Any], ...]:
+  rows = [{"kind": kind, "axes": "+".join(axes), "over": "DCN" if over_dcn else "ICI",
+           "bytes": size, "seconds": seconds} for (kind, axes, over_dcn), (size, seconds)
+          in links.total(list(guess.collectives)).items()]
+  return tuple(sorted(rows, key=lambda row: -row["seconds"]))
+
+
+def _text(r: Report) -> str:
+  gib = lambda n: f"{n / _GIB:.2f} GiB"
+  ms = lambda s: f"{1e3 * s:.1f} ms"
+  m, mesh = r.memory, " x ".join(f"{a} {n}" for a, n in r.mesh.items()) or "one device"
+  lines = [
+      f"{r.program}: {'compiled' if r.whole else 'scheduled (a sketch)'} for {r.slice} ({r.chips} "
+      f"chips, mesh {mesh}) in {r.compile_seconds:.0f} s; nothing was run",
+      "",
+      f"memory a chip   {gib(m.peak)} of {gib(m.available)}: "
+      + (f"fits, {gib(m.available - m.peak)} left" if m.fits else
+         f"DOES NOT FIT, {gib(m.peak - m.available)} too much"),
+      f"                params {gib(m.params)}, frozen {gib(m.frozen)}, optimizer "
+      f"{gib(m.optimizer)}, batch {gib(m.batch)}, activations and gradients {gib(m.activations)}, "
+      f"code {gib(m.code)}",
+      f"FLOPs a chip    {r.model_flops / 1e12:.2f} T by the mathematics, "
+      f"{r.compiled_flops / 1e12:.2f} T as compiled ({r.kernel_flops / 1e12:.2f} T in Pallas "
+      "kernels)",
+      f"HBM traffic     {r.hbm_bytes / 1e9:.1f} GB",
+      "collectives     " + ("\n                ".join(
+          f"{c['kind']} over {c['axes'] or 'a few chips'} ({c['over']}): "
+          f"{c['bytes'] / 1e9:.2f} GB, {ms(c['seconds'])}" for c in r.collectives) or "none"),
+      "",
+      f"at full rates   products {ms(r.products)}, memory {ms(r.memory_time)}, links {ms(r.links)}",
+      f"lower bound     {ms(r.bound)} ({r.binds} bind{'s' * (r.binds == 'memory')}): MFU at most "
+      f"{r.mfu_bound:.1%}",
+      f"estimates       core {ms(r.core)} ("
+      + ", ".join(f"{k} {ms(v)}" for k, v in sorted(r.by_source.items(), key=lambda kv: -kv[1]))
+      + f"), links that it waits for {ms(r.exposed)}",
+      f"estimated step  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "
+      f"MFU {r.mfu:.1%}, {r.tokens_per_s_per_chip:,.0f} positions/s/chip, "
+      f"{r.images_per_s_per_chip:.2f} images/s/chip",
+      "",
+      "not counted: " + "; ".join(NOT_COUNTED),
+  ]
+  return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""How long a compiled program takes, estimated from its text."""
+from __future__ import annotations
+
+import dataclasses
+
+from mgjax.chips import Chip
+from mgjax.tpu.hlo import Module
+from mgjax.tpu.links import Collective, Network, collectives
+from mgjax.tpu.ops import Cost, cost, is_kernel
+
+# What the figures leave out; said wherever they are shown.
+NOT_COUNTED = (
+    "what the host does between steps, and input that comes too late",
+    "latency of collectives and of starting kernels; congestion of links and of the network",
+    "that collectives and products share HBM",
+    "shape-dependent speed of Pallas kernels (a fixed share of the peak is assumed)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Of one run of a program on every chip.  `products`, `memory`, `links` are seconds at the full
+  rates of the chip: for the operations as compiled, the bytes of HBM, those of the collectives.
+  `core` is an estimate: the compiler's own model of each operation where it has one, else a share
+  of the peak rate, and never less than the peak rate allows."""
+
+  flops: float                     # as compiled: what is computed twice counts twice
+  kernel_flops: float              # those of Pallas kernels among them
+  hbm_bytes: float
+  products: float
+  core: float
+  memory: float
+  links: float
+  exposed: float                   # part of `links` in which the core waits
+  expected: float                  # step time: loops one after another, in each the longest of
+                                   # core, memory and links, and what is exposed
+  by_source: dict[str, float]      # seconds of the core by where the operations come from
+  collectives: tuple[tuple[Collective, float], ...]  # and how often they run
+  unestimated: float               # seconds of `core` that have no estimate of the compiler's
+
+  @property
+  def bound(self) -> float:
+    """No run is faster: the longest of products, memory and links."""
+    return max(self.products, self.memory, self.links)
+
+  @property
+  def binds(self) -> str:
+    """Which of the three that is."""
+    return max(("products", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def estimate(module: Module, chip: Chip, network: Network) -> Estimate:
+  """Of a program compiled for the chips of `network`.
+
+  Raises ValueError where the sum is below what the peak rate allows: the estimate is wrong then.
+  """
+  walk = _Walk(module, chip, network)
+  expected = walk.region(module.entry, 1)
+  links = sum(c.seconds * times for c, times in walk.found)
+  result = Estimate(
+      walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core,
+      walk.bytes / chip.hbm_bandwidth, links,
+      sum(c.seconds * times for c, times in walk.found if not c.hidden), expected, walk.sources,
+      tuple(walk.found), walk.unestimated)
+  if result.core < 0.999 * result.products:
+    raise ValueError(f"{result.core:.4f} s for {result.flops:.4g} operations is above the peak "
+                     f"rate of a {chip.name}")
+  return result
+
+
+class _Walk:
+  """Adds up costs while going through what is scheduled."""
+
+  def __init__(self, module: Module, chip: Chip, network: Network):
+    self._module, self._chip, self._network = module, chip, network
+    self.flops = self.kernel_flops = self.bytes = self.core = self.unestimated = 0.0
+    self.sources: dict[str, float] = {}
+    self.found: list[tuple[Collective, float]] = []
+
+  def region(self, computation: str, times: float) -> float:
+    """Seconds of one run of a computation: collectives are hidden behind what runs in the same
+    iteration, as far as that lasts."""
+    core = exposed = hidden = moved = inner = 0.0
+    for i in self._module.computations[computation].values():
+      own = collectives(self._module, computation, i, self._network)
+      if own and i.opcode != "fusion":
+        price = Cost()  # the links' time, not the core's
+      else:
+        price = cost(self._module, computation, i, self._chip)
+        if own and not price.estimated:
+          price = dataclasses.replace(price, seconds=0.0)
+      self._add(i, price, own, times)
+      core, moved = core + price.seconds, moved + price.bytes
+      exposed += sum(c.seconds for c in own if not c.hidden)
+      hidden += sum(c.seconds for c in own if c.hidden)
+      if i.opcode == "while":
+        trips = self._module.trip_count(i)
+        inner += trips * self.region(i.attribute("body").lstrip("%"), times * trips)
+      elif i.opcode in ("call", "async-start", "conditional"):
+        inner += self.region(i.called()[-1], times)
+    return max(core + exposed, hidden + exposed, moved / self._chip.hbm_bandwidth) + inner
+
+  def _add(self, i, price, own, times):
+    self.flops += price.flops * times
+    self.kernel_flops += price.flops * times * is_kernel(i)
+    self.bytes += price.bytes * times
+    self.core += price.seconds * times
+    self.unestimated += price.seconds * times * (not price.estimated)
+    self.found += [(c, times) for c in own]
+    if price.seconds:
+      self.sources[_source(i.op_name)] = (
+          self.sources.get(_source(i.op_name), 0.0) + price.seconds * times)
+
+
+def _source(op_name: str) -> str:
+  """Which pass an operation belongs to."""
+  if "rematted_computation" in op_name:
+    return "recomputed"
+  if "transpose(" in op_name:
+    return "backward"
+  return "forward" if "jvp" in op_name else "other"

@@ -1,0 +1,103 @@
+"""Programs compiled for slices that nobody has here, against what is known of them.
+
+Skipped where the TPU compiler is missing.
+"""
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgjax.sharding import make_mesh
+from mgjax.tpu import hlo, links, roofline, slices
+
+REPO = pathlib.Path(__file__).parents[2]
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                                    reason="no TPU compiler: pip install -e '.[tpu]'")
+
+
+@pytest.fixture
+def no_cache():
+  """Programs for other machines cannot be kept."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", before)
+
+
+@needs_compiler
+def test_a_scan_of_gathered_weights(no_cache):
+  """Operations, collectives and their bytes of four layers over 4 chips, counted by hand."""
+  chosen, (rows, d, f, layers) = slices.parse_slice("v5e:2x2"), (1024, 1024, 4096, 4)
+  mesh, chip = make_mesh((1, 4, 1, 1), slices.describe(chosen)), slices.chip(chosen)
+  shape = lambda dims, *spec: jax.ShapeDtypeStruct(
+      dims, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+
+  def run(x, up, down):
+    whole = lambda w: jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+    layer = lambda x, w: (jax.nn.relu(x @ whole(w[0])) @ whole(w[1]), None)
+    return jax.lax.scan(layer, x, (up, down))[0]
+
+  compiled = jax.jit(run).lower(
+      shape((4 * rows, d), "fsdp"), shape((layers, d, f), None, "fsdp"),
+      shape((layers, f, d), None, "fsdp")).compile()
+  guess = roofline.estimate(hlo.parse(compiled.as_text()), chip, links.Network(mesh, chosen, chip))
+  assert guess.flops == layers * 2 * 2 * rows * d * f
+  assert guess.core >= guess.products == guess.flops / chip.peak
+  assert guess.bound <= guess.expected
+  total = links.total(list(guess.collectives))
+  assert set(total) == {("all-gather", ("fsdp",), False)}
+  size, seconds = total["all-gather", ("fsdp",), False]
+  assert size == layers * 2 * d * f * 2
+  # A 2x2 slice: one link to each of two neighbours, 45 GB/s.
+  assert seconds == pytest.approx(size * 3 / 4 / 9e10)
+  # A chip's part of the weights, and its rows, are read at least once.
+  assert guess.hbm_bytes >= layers * 2 * d * f * 2 / 4 + rows * d * 2
+
+
+def command(*args, topology="v5e:2x2", config="configs/stage2.py:tiny"):
+  return subprocess.run(
+      [sys.executable, "launch/compile.py", f"--config={config}", f"--topology={topology}", *args],
+      cwd=REPO, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": "."})
+
+
+@needs_compiler
+def test_the_command_on_a_tiny_model(tmp_path):
+  done = command(f"--out={tmp_path / 'r.json'}", "--config.data.batch_size=8", "--sketch")
+  assert done.returncode == 0, done.stderr
+  assert "MFU" in done.stdout and "not counted" in done.stdout
+  told = json.loads((tmp_path / "r.json").read_text())
+  assert told["fits"] and told["chips"] == 4 and told["mesh"] == {"fsdp": 4}
+  assert told["step"] >= told["bound"] * told["calibration"] > 0
+
+
+@pytest.mark.parametrize("kwargs, said", [
+    (dict(topology="v5e:7x7"), "near it: v5e-"), (dict(topology="tpu"), "generations are"),
+    (dict(config="configs/stage2.py:mgm-8b,what"), "what")])
+def test_mistakes_are_one_line(kwargs, said):
+  done = command(**kwargs)
+  assert done.returncode == 2 and said in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+@needs_compiler
+def test_a_mesh_that_does_not_match_the_slice():
+  done = command("--config.mesh.fsdp=3", "--sketch")
+  assert done.returncode == 2 and "does not cover the 4 devices" in done.stderr
+
+
+def test_without_the_compiler_the_extra_is_named(tmp_path):
+  (tmp_path / "libtpu.py").write_text("raise ImportError('hidden')")
+  (tmp_path / "sitecustomize.py").write_text("import os; os.environ['TPU_LIBRARY_PATH'] = '/none'")
+  done = subprocess.run(
+      [sys.executable, "launch/compile.py", "--config=configs/stage2.py:tiny",
+       "--topology=v5e:2x2"], cwd=REPO, capture_output=True, text=True, timeout=120,
+      env=os.environ | {"PYTHONPATH": f"{tmp_path}:."})
+  assert done.returncode == 2 and ".[tpu]" in done.stderr, done.stderr[-2000:]

@@ -1,0 +1,133 @@
+"""Reading a compiled program: what stands in its text, against what was written by hand."""
+import math
+
+import pytest
+
+from mgjax.chips import chip_of
+from mgjax.tpu import hlo, ops
+
+V5E = chip_of("TPU v5 lite")
+
+# A loop of four products, the second operand sliced out of a stack; a kernel whose notes break the
+# line; an update in place.
+# ruff: noqa: E501  (the lines of a compiler)
+TEXT = '''HloModule jit_step, is_scheduled=true
+
+%fused_product (p0: bf16[256,512], p1: bf16[4,512,128], p2: s32[]) -> bf16[256,128] {
+  %p0 = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[4,512,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,512,128]{2,1,0} dynamic-slice(%p1, %p2, %zero, %zero), dynamic_slice_sizes={1,512,128}
+  %w = bf16[512,128]{1,0} bitcast(%slice)
+  ROOT %conv = bf16[256,128]{1,0} convolution(%p0, %w), dim_labels=bf_io->bf
+}
+
+%body (arg: (s32[], bf16[256,512], bf16[4,512,128], bf16[256,128])) -> (s32[], bf16[256,512], bf16[4,512,128], bf16[256,128]) {
+  %arg = (s32[], bf16[256,512]{1,0}, bf16[4,512,128]{2,1,0}, bf16[256,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %x = bf16[256,512]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %stack = bf16[4,512,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %product = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %stack, %i), kind=kOutput, calls=%fused_product, metadata={op_name="jit(step)/transpose(jvp())/checkpoint/rematted_computation/dot_general"}, backend_config={"window_config":{"estimated_cycles":"3000"}}
+  %kernel = bf16[256,128]{1,0} custom-call(%product), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 1024}"
+}}, backend_config={"custom_call_config":{"body":"xx"}}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], bf16[256,512]{1,0}, bf16[4,512,128]{2,1,0}, bf16[256,128]{1,0}) tuple(%next, %x, %stack, %kernel)
+}, execution_thread="main"
+
+%condition (arg.1: (s32[], bf16[256,512], bf16[4,512,128], bf16[256,128])) -> pred[] {
+  %arg.1 = (s32[], bf16[256,512]{1,0}, bf16[4,512,128]{2,1,0}, bf16[256,128]{1,0}) parameter(0)
+  %limit = s32[] constant(4)
+  %at = s32[] get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[256,512], b: bf16[4,512,128], c: bf16[256,128]) -> bf16[256,128] {
+  %a = bf16[256,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[4,512,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %c = bf16[256,128]{1,0} parameter(2)
+  %begin = s32[] constant(0)
+  %start = (s32[], bf16[256,512]{1,0}, bf16[4,512,128]{2,1,0}, bf16[256,128]{1,0}) tuple(%begin, %a, %b, %c)
+  %loop = (s32[], bf16[256,512]{1,0}, bf16[4,512,128]{2,1,0}, bf16[256,128]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %result = bf16[256,128]{1,0} get-tuple-element(%loop), index=3
+}
+'''
+
+
+@pytest.fixture(scope="module")
+def module():
+  return hlo.parse(TEXT)
+
+
+def found(module, name):
+  return next((c, i, times) for c, i, times in module.walk() if i.name == name)
+
+
+def test_loops_run_as_often_as_they_say(module):
+  assert found(module, "product")[2] == 4
+  assert found(module, "loop")[2] == 1
+
+
+def test_a_broken_line_is_one_instruction(module):
+  kernel = found(module, "kernel")[1]
+  assert ops.is_kernel(kernel) and kernel.operands == ("product",)
+  assert "next" in module.computations["body"]  # what follows it is still there
+
+
+def test_what_a_product_costs(module):
+  computation, product, _ = found(module, "product")
+  assert product.cycles == 3000 and product.arrays[0].in_hbm is False
+  price = ops.cost(module, computation, product, V5E)
+  assert price.flops == 2 * 256 * 512 * 128
+  # One slice of the stack is read, and the index; the result stays on the chip.
+  assert price.bytes == 2 * (256 * 512 + 512 * 128) + 4
+  assert price.seconds == pytest.approx(3000 / 1.5e9) and price.estimated
+
+
+def test_no_operation_is_faster_than_the_peak(module):
+  computation, product, _ = found(module, "product")
+  slow = hlo.Instruction(product.name, product.arrays, product.opcode, product.operands,
+                         product.argument, product.attributes.replace("3000", "1"))
+  assert ops.cost(module, computation, slow, V5E).seconds == 2 * 256 * 512 * 128 / V5E.peak
+
+
+@pytest.mark.parametrize("window, sizes, pairs", [
+    ({"size": 3, "pad": "1_1"}, (8, 3, 8), 22),                   # edges see two taps of three
+    ({"stride": 2}, (8, 2, 4), 8),
+    ({"pad": "3_3", "rhs_dilate": 1, "lhs_dilate": 4}, (4, 4, 16), 16),  # one tap hits: a batch
+])
+def test_taps_outside_count_nothing(window, sizes, pairs):
+  size, taps, outputs = sizes
+  got = ops._pairs(size, taps, outputs, {k: str(v) for k, v in window.items()})
+  stride, spread = int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+  low = int(str(window.get("pad", "0_0")).split("_")[0])
+  counted = sum(1 for o in range(outputs) for t in range(taps)
+                if 0 <= (at := o * stride - low + t) <= (size - 1) * spread and at % spread == 0)
+  assert got == counted == pairs
+
+
+def test_kernels_of_attention_count_the_blocks_of_their_mask():
+  line = ('splash_mha_fwd.1 = bf16[32,2048,128]{2,1,0} custom-call(%table, %q, %k), '
+          'custom_call_target="tpu_custom_call"')
+  text = TEXT.replace("  %one = s32[] constant(1)\n", f'''  %table = s8[1,2,2]{{2,1,0}} constant({{}})
+  %q = bf16[32,2048,128]{{2,1,0}} parameter(1)
+  %k = bf16[8,2048,128]{{2,1,0}} parameter(2)
+  %{line}
+  %one = s32[] constant(1)
+''')
+  module = hlo.parse(text)
+  computation, kernel, _ = found(module, "splash_mha_fwd.1")
+  whole = 2 * 2 * 32 * 2048**2 * 128
+  assert ops.op_flops(module, computation, kernel) == whole * 3 / 4  # three of four blocks
+
+
+def test_text_without_a_program_is_refused():
+  with pytest.raises(ValueError, match="no ENTRY"):
+    hlo.parse("nothing")
+
+
+def test_sizes_of_arrays():
+  assert hlo.Array("bf16", (3, 5), True).bytes == 30
+  assert math.isclose(hlo.Array("s4", (4,), True).bytes, 2)
