@@ -21,6 +21,7 @@ from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
 from mgjax.models import images as views
 from mgjax.models.convnext import concatenated_features
+from mgjax.models.remat import RematConfig
 from mgjax.presets import find
 from mgjax.sharding import make_mesh, mesh_context
 from mgjax.train.config import RunConfig
@@ -57,7 +58,7 @@ def main():
   config, rng = preset.model, np.random.default_rng(0)
   run = RunConfig(
       config, DataConfig("", batch_size=ROWS), "", dtype=args.dtype, frozen_dtype=args.dtype,
-      remat=args.remat, optimizer=OptimizerConfig(
+      remat=RematConfig(*[args.remat] * 3), optimizer=OptimizerConfig(
           2e-5, (Row("^(mining|projector|decoder)/"), Row("", None))))
   mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
   with mesh_context(mesh):

@@ -108,7 +108,7 @@ def fitting_spec(shape: tuple[int, ...], *names: str | None) -> P:
 
 
 def gathered(w: jax.Array, *names: str | None) -> jax.Array:
-  """A weight as a product wants it: its fsdp parts brought together, its tensor parts where they are.
+  """A weight as a product wants it: brought together over fsdp, its tensor parts where they are.
 
   names: the logical names of its dimensions.  Its gradient is laid out as the weight is.  Without
   this the partitioner may cut the activations like the weight instead, which moves far more.

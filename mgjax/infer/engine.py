@@ -193,7 +193,8 @@ class Engine:
     with mesh_context(self.mesh):
       return self._prefill.lower(
           self._params, window, window, (image,) * rows, number, row, number,
-          self._shape((), jnp.uint32), self._settings_shapes(), cache=self._cache_shapes(rows, length))
+          self._shape((), jnp.uint32), self._settings_shapes(),
+          cache=self._cache_shapes(rows, length))
 
   def lower_decode(self, rows: int, slots: int) -> jax.stages.Lowered:
     """Of one more token a row, with a cache of that many slots."""

@@ -7,8 +7,9 @@ from flax import nnx
 
 from mgjax.config import ClipVitConfig
 from mgjax.models.attention import attention
-from mgjax.models.layers import Dense, LayerNorm, remat, stack
-from mgjax.sharding import constrain
+from mgjax.models.layers import Dense, LayerNorm, stack
+from mgjax.models.remat import remat
+from mgjax.sharding import constrain, gathered
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -19,9 +20,9 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 class ClipBlock(nnx.Module):
   """Pre-norm transformer block, bidirectional."""
 
-  def __init__(self, config: ClipVitConfig, *, dtype, rngs: nnx.Rngs):
+  def __init__(self, config: ClipVitConfig, *, attention: str, dtype, rngs: nnx.Rngs):
     d, f = config.width, config.mlp_width
-    self.heads = config.heads
+    self.heads, self.attention = config.heads, attention
     self.norm1 = LayerNorm(d, config.norm_eps)
     self.q = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
     self.k = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
@@ -36,7 +37,8 @@ class ClipBlock(nnx.Module):
     y = self.norm1(x)
     q, k, v = (f(y).reshape(n, t, self.heads, -1) for f in (self.q, self.k, self.v))
     q, k, v = (constrain(a, "batch", "seq", "act_heads", None) for a in (q, k, v))
-    x = x + self.out(attention(q, k, v).reshape(n, t, d))
+    attended = attention(q, k, v, implementation=self.attention)
+    x = x + self.out(attended.reshape(n, t, d))
     y = constrain(quick_gelu(self.up(self.norm2(x))), "batch", "seq", "act_mlp")
     return constrain(x + self.down(y), "batch", "seq", "act_embed")
 
@@ -48,7 +50,8 @@ class ClipVit(nnx.Module):
   the final norm are kept in `unused_blocks` and `post_norm` so that a checkpoint round-trips.
   """
 
-  def __init__(self, config: ClipVitConfig, *, remat_policy: str = "none", dtype, rngs: nnx.Rngs):
+  def __init__(self, config: ClipVitConfig, *, remat_policy: str = "none",
+               attention: str = "auto", dtype, rngs: nnx.Rngs):
     self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
     d, tokens = config.width, config.side**2
     patch = config.patch_size**2 * 3
@@ -58,7 +61,7 @@ class ClipVit(nnx.Module):
     self.position_embedding = nnx.Param(
         normal(rngs(), (tokens + 1, d)), out_sharding=(None, "embed"))
     self.pre_norm = LayerNorm(d, config.norm_eps)
-    block = lambda r: ClipBlock(config, dtype=dtype, rngs=r)
+    block = lambda r: ClipBlock(config, attention=attention, dtype=dtype, rngs=r)
     self.blocks = stack(config.used_depth, block, rngs)
     unused = config.depth - config.used_depth
     self.unused_blocks = nnx.data(stack(unused, block, rngs) if unused else None)
@@ -70,9 +73,10 @@ class ClipVit(nnx.Module):
     patches = images.astype(self.dtype).reshape(n, side, p, side, p, 3)
     patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, side**2, p * p * 3)
     x = self.patch_embed(patches)
-    first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (n, 1, x.shape[-1]))
+    first = gathered(self.class_embedding[...].astype(x.dtype), "embed")
+    first = jnp.broadcast_to(first, (n, 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1)
-    x = x + self.position_embedding[...].astype(x.dtype)
+    x = x + gathered(self.position_embedding[...].astype(x.dtype), None, "embed")
     x = constrain(self.pre_norm(x), "batch", "seq", "act_embed")
     body = remat(self.remat_policy)(lambda x, block: (block(x), None))
     x, _ = jax.lax.scan(body, x, self.blocks)

@@ -9,8 +9,9 @@ from flax import nnx
 from mgjax.config import ConvNextConfig
 from mgjax.models.depthwise import depthwise_conv
 from mgjax.models.images import resize_bilinear
-from mgjax.models.layers import Dense, LayerNorm, remat, stack
-from mgjax.sharding import constrain
+from mgjax.models.layers import Dense, LayerNorm, stack
+from mgjax.models.remat import remat
+from mgjax.sharding import constrain, gathered
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -36,7 +37,8 @@ class ConvNextBlock(nnx.Module):
 
   def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
     """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the branch, 0 or 1/(1-rate)."""
-    y = depthwise_conv(x, self.kernel[...]) + self.bias[...].astype(x.dtype)
+    kernel = gathered(self.kernel[...].astype(x.dtype), "taps", "taps", "channels")
+    y = depthwise_conv(x, kernel) + gathered(self.bias[...].astype(x.dtype), "channels")
     y = jax.nn.gelu(self.up(self.norm(y)), approximate=False)
     y = self.down(constrain(y, "batch", "space", "space", "act_mlp"))
     y = y * self.gamma[...].astype(x.dtype)

@@ -6,12 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mgjax.config import DecoderConfig
-from mgjax.models.attention import attention, packed_causal_mask, rope, rope_frequencies
-from mgjax.models.layers import Dense, RmsNorm, remat, stack
+from mgjax.models.attention import attention, rope, rope_frequencies
+from mgjax.models.layers import Dense, RmsNorm, stack
+from mgjax.models.lookup import lookup
 from mgjax.models.moe import Experts
-from mgjax.sharding import constrain
+from mgjax.models.remat import remat
+from mgjax.sharding import constrain, gathered
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -21,7 +24,10 @@ ACTIVATIONS = {
 
 
 class DecoderBlock(nnx.Module):
-  """Pre-norm block: grouped-query attention with RoPE, then a gated MLP."""
+  """Pre-norm block: grouped-query attention with RoPE, then a gated MLP.
+
+  What it names by `checkpoint_name` the policies of `remat` may keep.
+  """
 
   def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
     self.config = config
@@ -51,13 +57,15 @@ class DecoderBlock(nnx.Module):
     v = self.v(y).reshape(b, l, c.kv_heads, c.head_dim)
     q, k, v = (constrain(a, "batch", "seq", "act_heads", None) for a in (q, k, v))
     frequencies = rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-    return rope(q, positions, frequencies), rope(k, positions, frequencies), v
+    q, k = rope(q, positions, frequencies), rope(k, positions, frequencies)
+    return checkpoint_name((q, k, v), "qkv")
 
   def finish(self, x, attended):
     """x [B, L, D], attended [B, L, H, h] -> [B, L, D]: output projection and MLP; and the scores of
     the router, if there are experts."""
     b, l, _ = x.shape
     x = constrain(x + self.out(attended.reshape(b, l, -1)), "batch", "seq", "act_embed")
+    x = checkpoint_name(x, "residual")
     y, scores = self.mlp(self.norm2(x))
     return constrain(x + y, "batch", "seq", "act_embed"), scores
 
@@ -65,15 +73,18 @@ class DecoderBlock(nnx.Module):
     """[B, L, D] -> [B, L, D], and float32 [B, L, E] or None."""
     if self.config.experts:
       return self.experts(x)
-    y = ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x)
+    gate, up = checkpoint_name((self.gate(x), self.up(x)), "mlp")
+    y = ACTIVATIONS[self.config.activation](gate) * up
     return self.down(constrain(y, "batch", "seq", "act_mlp")), None
 
 
 class Decoder(nnx.Module):
   """Embeddings [B, L, D] -> final hidden states [B, L, D]; `logits` turns them into scores."""
 
-  def __init__(self, config: DecoderConfig, *, remat_policy: str = "none", dtype, rngs: nnx.Rngs):
-    self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
+  def __init__(self, config: DecoderConfig, *, remat_policy: str = "none",
+               attention: str = "auto", dtype, rngs: nnx.Rngs):
+    self.config, self.dtype = config, dtype
+    self.remat_policy, self.attention = remat_policy, attention
     normal = nnx.initializers.normal(0.02)
     self.embedding = nnx.Param(
         normal(rngs(), (config.vocab_size, config.width)), out_sharding=("vocab", "embed"))
@@ -85,17 +96,22 @@ class Decoder(nnx.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int [B, L] -> [B, L, D] in the compute dtype."""
-    # One table for all rows beats the rows of all devices: gathered over fsdp, then looked up.
-    table = constrain(self.embedding[...].astype(self.dtype), "vocab", "act_embed")
-    return constrain(table.at[tokens].get(mode="clip"), "batch", "seq", "act_embed")
+    x = lookup(self.embedding[...], tokens, self.dtype)
+    return constrain(x, "batch", "seq", "act_embed")
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, L, D] -> float32 [B, L, V]."""
     if self.head is None:
-      scores = hidden @ self.embedding[...].astype(self.dtype).T
+      scores = hidden @ gathered(self.embedding[...].astype(self.dtype), "vocab", "embed").T
     else:
       scores = self.head(hidden)
     return constrain(scores.astype(jnp.float32), "batch", "seq", "act_vocab")
+
+  def head_weights(self) -> tuple[jax.Array, tuple[str, str]]:
+    """The matrix behind `logits`, as it is stored, and the logical names of its dimensions."""
+    if self.head is None:
+      return self.embedding[...], ("vocab", "embed")
+    return self.head.kernel[...], ("embed", "vocab")
 
   def enter(self, x: jax.Array) -> jax.Array:
     """Embeddings [B, L, D], of words or pictures, as the first block takes them."""
@@ -112,11 +128,11 @@ class Decoder(nnx.Module):
     padding.  A sample attends to itself alone.  Returns [B, L, D], normed, and what the routers
     said, float32 [layers, B, L, E] (None without experts).
     """
-    mask = packed_causal_mask(segment_ids, self.config.sliding_window)
-
     def body(x, block):
+      x = checkpoint_name(x, "block_input")
       q, k, v = block.qkv(x, positions)
-      return block.finish(x, attention(q, k, v, mask))
+      return block.finish(x, attention(q, k, v, segment_ids, self.config.sliding_window,
+                                       implementation=self.attention))
 
     x = constrain(self.enter(x), "batch", "seq", "act_embed")
     x, scores = jax.lax.scan(remat(self.remat_policy)(body), x, self.blocks)

@@ -1,14 +1,13 @@
 """Small parts that every tower uses: dense layers, norms, stacks run by scan."""
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mgjax.config import ConfigError
+from mgjax.sharding import gathered
 
 Dtype = jnp.dtype
 
@@ -28,7 +27,7 @@ class Dense(nnx.Module):
 
   def __init__(self, d_in: int, d_out: int, axes: tuple[str | None, str | None], *,
                bias: bool = True, init=None, bias_init=None, dtype: Dtype, rngs: nnx.Rngs):
-    self.dtype = dtype
+    self.dtype, self.axes = dtype, axes
     init = init or nnx.initializers.lecun_normal()
     bias_init = bias_init or nnx.initializers.zeros_init()
     self.kernel = nnx.Param(init(rngs(), (d_in, d_out), jnp.float32), out_sharding=axes)
@@ -39,9 +38,9 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     # As one matrix: XLA's CPU backend is slow at weight gradients that contract several axes.
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = rows @ self.kernel[...].astype(self.dtype)
+    y = rows @ gathered(self.kernel[...].astype(self.dtype), *self.axes)
     if self.bias is not None:
-      y = y + self.bias[...].astype(self.dtype)
+      y = y + gathered(self.bias[...].astype(self.dtype), *self.axes[1:])
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -88,21 +87,3 @@ def stack(depth: int, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rn
   """`depth` equal blocks as one module whose parameters lead with a `layers` axis."""
   build = nnx.vmap(make_block, transform_metadata={nnx.PARTITION_NAME: "layers"})
   return build(rngs.split(depth))
-
-
-REMAT_POLICIES = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
-
-
-def remat(policy: str, *, in_scan: bool = True):
-  """Decorator that recomputes a function in the backward pass; `none` keeps every activation.
-
-  Names are those of `jax.checkpoint_policies`.  in_scan: the function is the body of a scan, where
-  the barrier against common-subexpression elimination is not needed.
-  Raises ConfigError for an unknown name.
-  """
-  if policy not in REMAT_POLICIES:
-    raise ConfigError(f"remat: unknown policy {policy!r}; one of {', '.join(REMAT_POLICIES)}")
-  if policy == "none":
-    return lambda f: f
-  return functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, policy),
-                           prevent_cse=not in_scan)

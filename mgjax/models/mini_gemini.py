@@ -10,8 +10,9 @@ from mgjax.models import images as views
 from mgjax.models.clip_vit import ClipVit
 from mgjax.models.convnext import ConvNext, concatenated_features
 from mgjax.models.decoder import Decoder
-from mgjax.models.layers import new_dense, remat
+from mgjax.models.layers import new_dense
 from mgjax.models.mining import PatchInfoMining
+from mgjax.models.remat import KEEP_ALL, RematConfig, remat
 from mgjax.sharding import constrain
 
 
@@ -32,19 +33,21 @@ class Projector(nnx.Module):
 class MiniGemini(nnx.Module):
   """Pictures and text in, scores of the next token out.
 
-  `remat_policy` names what the backward pass may keep (see `layers.remat`); `dtype` is the dtype
-  of the matrix products, parameters are created in float32.
+  `remat` says what each part keeps for the backward pass, `attention` how it is computed (see
+  `attention.attention`); `dtype` is the dtype of the matrix products, parameters are created
+  in float32.
   """
 
-  def __init__(self, config: ModelConfig, *, remat_policy: str = "none", dtype=jnp.bfloat16,
-               rngs: nnx.Rngs):
-    self.config, self.dtype, self.remat_policy = config, dtype, remat_policy
-    kwargs = dict(remat_policy=remat_policy, dtype=dtype, rngs=rngs)
-    self.decoder = Decoder(config.decoder, **kwargs)
+  def __init__(self, config: ModelConfig, *, remat: RematConfig = KEEP_ALL,
+               attention: str = "auto", dtype=jnp.bfloat16, rngs: nnx.Rngs):
+    self.config, self.dtype, self.remat = config, dtype, remat
+    self.decoder = Decoder(config.decoder, remat_policy=remat.decoder, attention=attention,
+                           dtype=dtype, rngs=rngs)
+    kwargs = dict(remat_policy=remat.towers, dtype=dtype, rngs=rngs)
     self.vision = self.vision_hr = self.mining = self.projector = nnx.data(None)
     if config.vision is None:
       return
-    self.vision = ClipVit(config.vision, **kwargs)
+    self.vision = ClipVit(config.vision, attention=attention, **kwargs)
     hr = config.vision_hr
     self.vision_hr = nnx.data(ConvNext(hr, **kwargs) if hr else None)
     self.mining = nnx.data(
@@ -65,7 +68,7 @@ class MiniGemini(nnx.Module):
     x = self.vision(tiles.reshape(-1, *tiles.shape[2:]))  # [N*tiles, t, Dv]
     if self.mining is not None:
       # The upsampled map is eight times the stage maps: not to be kept for the backward pass.
-      mine = remat(self.remat_policy, in_scan=False)(self._mine)
+      mine = remat(self.remat.mining, in_scan=False)(self._mine)
       x = x + mine(self.mining, x, self.vision_hr(hr, rng))
     x = self.projector(x)
     return constrain(x.reshape(n, self.config.visual_tokens, -1), "batch", "seq", "act_embed")
@@ -95,15 +98,14 @@ class MiniGemini(nnx.Module):
     visual = self.encode_images(pixels.reshape(b * slots, *pixels.shape[2:]), rng)
     return visual.reshape(b, slots * self.config.visual_tokens, -1)
 
-  def with_router(self, batch: dict[str, jax.Array],
-                  rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
-    """Scores float32 [B, L, V] of the token after each position of a batch (tokens, visual_index,
-    positions, segment_ids, images; S = 0 image slots is a batch of text), and those of the routers,
+  def hidden(self, batch: dict[str, jax.Array],
+             rng: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """The decoder's final states [B, L, D] for a batch (tokens, visual_index, positions,
+    segment_ids, images; S = 0 image slots is a batch of text), and the scores of its routers,
     float32 [layers, B, L, E] or None.  rng: drop path, or None."""
     x = self.place(batch["tokens"], batch["visual_index"], self.visual_tokens(batch, rng))
-    x, router = self.decoder(x, batch["positions"], batch["segment_ids"])
-    return self.decoder.logits(x), router
+    return self.decoder(x, batch["positions"], batch["segment_ids"])
 
   def __call__(self, batch: dict[str, jax.Array], rng: jax.Array | None = None) -> jax.Array:
-    """Scores float32 [B, L, V]; see `with_router`."""
-    return self.with_router(batch, rng)[0]
+    """Scores float32 [B, L, V] of the token after each position; the batch as in `hidden`."""
+    return self.decoder.logits(self.hidden(batch, rng)[0])

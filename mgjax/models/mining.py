@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgjax.models.layers import LayerNorm, new_dense
-from mgjax.sharding import constrain
+from mgjax.sharding import constrain, gathered
 
 
 class NormedDense(nnx.Module):
@@ -55,7 +55,8 @@ class PatchInfoMining(nnx.Module):
       raise ValueError(f"mining: {count} tokens need a square map whose side is a multiple of "
                        f"{side}, got {features.shape[1]}x{features.shape[2]}")
     q = self.query(tokens)  # [N, T, D]
-    q = jnp.einsum("ntd,cd->ntc", q, self.key.dense.kernel[...].astype(q.dtype))
+    key = self.key.dense
+    q = jnp.einsum("ntd,cd->ntc", q, gathered(key.kernel[...].astype(q.dtype), *key.axes))
     q = q * (self.key.norm.scale[...] * width**-0.5).astype(q.dtype)
     pooled = pool_windows(q.reshape(n, side, side, -1), features.astype(self.dtype), self.EPS)
     pooled = pooled.reshape(n, count, -1)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+from jax.ad_checkpoint import checkpoint_name
 
 from mgjax.config import DecoderConfig
 from mgjax.models.grouped import grouped_dot
 from mgjax.models.layers import Dense
-from mgjax.sharding import spec
+from mgjax.sharding import fitting_spec, spec
 
 
 class Experts(nnx.Module):
@@ -40,7 +40,16 @@ class Experts(nnx.Module):
     d, scores = x.shape[-1], self.router(x)
     weights, chosen = route(scores, self.config.experts_per_token)              # [B, L, k]
 
-    def local(x, weights, chosen, gate, up, down):
+    kernels = [w[...].astype(self.dtype) for w in (self.gate, self.up, self.down)]
+    axes = ("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+    stored = [fitting_spec(w.shape, *names) for w, names in zip(kernels, axes)]
+
+    def whole(w, layout, names):  # but for its experts and its tensor part; its gradient goes back
+      axis = names.index("embed")
+      return jax.lax.all_gather(w, layout[axis], axis=axis, tiled=True) if layout[axis] else w
+
+    def local(x, weights, chosen, *kernels):
+      gate, up, down = map(whole, kernels, stored, axes)
       own, k = gate.shape[0], chosen.shape[-1]
       expert = chosen.reshape(-1) - jax.lax.axis_index("expert") * own          # [N*k]
       mine = (expert >= 0) & (expert < own)
@@ -50,18 +59,18 @@ class Experts(nnx.Module):
       # Rows of others are zero, and so is all that comes of them, forward and backward.
       own_rows = lambda a: jnp.where(mine[order][:, None], a, 0)
       rows = own_rows(x.reshape(-1, d)[order // k])
-      dot = lambda a, w: grouped_dot(a, w.astype(self.dtype), counts)
-      y = dot(own_rows(self.activation(dot(rows, gate)) * dot(rows, up)), down)  # [N*k, D]
+      dot = lambda a, w: grouped_dot(a, w, counts)
+      gate, up = checkpoint_name((dot(rows, gate), dot(rows, up)), "mlp")       # [N*k, F]
+      y = dot(own_rows(self.activation(gate) * up), down)                       # [N*k, D]
       y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
       share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
       y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)
       return jax.lax.psum(y, ("expert", "tensor")).reshape(x.shape)
 
-    batch, wide = spec("batch", None, None), P("expert", None, "tensor")
-    sharded = jax.shard_map(
-        local, in_specs=(batch, batch, batch, wide, wide, P("expert", "tensor", None)),
-        out_specs=batch, check_vma=False)
-    return sharded(x, weights, chosen, self.gate[...], self.up[...], self.down[...]), scores
+    batch = spec("batch", None, None)
+    sharded = jax.shard_map(local, in_specs=(batch, batch, batch, *stored), out_specs=batch,
+                            check_vma=False)
+    return sharded(x, weights, chosen, *kernels), scores
 
 
 def balance_loss(scores: jax.Array, real: jax.Array, k: int) -> jax.Array:

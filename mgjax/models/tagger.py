@@ -19,12 +19,12 @@ class Tagger(nnx.Module):
   size).  Its parameters carry the same paths as in MiniGemini, which starts from them.
   """
 
-  def __init__(self, config: ModelConfig, tower: str, *, remat_policy="none", dtype=jnp.bfloat16,
-               rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, tower: str, *, remat_policy: str = "none",
+               attention: str = "auto", dtype=jnp.bfloat16, rngs: nnx.Rngs):
     self.config, self.tower = config, tower
     kwargs = dict(remat_policy=remat_policy, dtype=dtype, rngs=rngs)
     if tower == "vision":
-      self.vision = ClipVit(config.vision, **kwargs)
+      self.vision = ClipVit(config.vision, attention=attention, **kwargs)
       width = config.vision.width
     elif tower == "vision_hr" and config.vision_hr is not None:
       self.vision_hr = ConvNext(config.vision_hr, **kwargs)

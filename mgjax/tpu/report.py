@@ -90,8 +90,8 @@ def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> R
       program.what, chosen.name, chips, {a: n for a, n in program.mesh.items() if n > 1},
       compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
       guess.flops, guess.kernel_flops, guess.hbm_bytes, _collectives(guess), guess.products,
-      guess.core, guess.memory, guess.links, guess.exposed, guess.by_source, guess.bound, guess.binds,
-      guess.expected, factor, step, needed / chip.peak / guess.bound, needed / chip.peak / step,
+      guess.core, guess.memory, guess.links, guess.exposed, guess.by_source, guess.bound,
+      guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound, needed / chip.peak / step,
       program.positions / chips / step, program.images / chips / step)
 
 

@@ -12,7 +12,7 @@ from mgjax import trees
 from mgjax.models.moe import balance_loss
 from mgjax.models.tagger import Tagger
 from mgjax.train.config import RunConfig
-from mgjax.train.loss import tag_loss, token_loss
+from mgjax.train.loss import next_token_loss, tag_loss
 from mgjax.train.optimizer import make_schedule, mask_layers
 from mgjax.train.state import TrainState
 
@@ -25,8 +25,8 @@ def batch_loss(model: nnx.Module, batch: dict, rng: jax.Array | None, router_los
   targets = batch["targets"], batch["loss_mask"]
   if isinstance(model, Tagger):
     return tag_loss(model(batch, rng), *targets)
-  logits, router = model.with_router(batch, rng)
-  total, terms = token_loss(logits, *targets)
+  hidden, router = model.hidden(batch, rng)
+  total, terms = next_token_loss(hidden, *model.decoder.head_weights(), *targets)
   if router_loss:
     k = model.config.decoder.experts_per_token
     total += router_loss * terms * balance_loss(router, batch["segment_ids"] > 0, k)
@@ -42,7 +42,6 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
   the batch is cut.  If loss or gradients are not finite, the state comes back unchanged.
   """
   schedule = make_schedule(config.optimizer, steps)
-  seed = jax.random.key(config.seed)
 
   def micro_batches(x):  # row r goes to micro-batch r mod A, so that every device keeps its rows
     return jnp.moveaxis(x.reshape(-1, config.accumulate, *x.shape[1:]), 1, 0)
@@ -56,7 +55,7 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
     return loss, terms, grads
 
   def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    rng = jax.random.fold_in(seed, state.step)  # for drop path
+    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)  # for drop path
     if config.accumulate == 1:
       loss, terms, grads = gradients(state.params, state.frozen, batch, rng)
     else:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax.models.grouped import grouped_dot
+from mgjax.models.grouped import _blocks_backward, _kernel_backward, grouped_dot
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 30, 13), (0, 0, 0, 0), (48, 0, 0, 0), (12, 12, 12, 12),
@@ -27,3 +27,15 @@ def test_values_and_gradients(counts):
     for a, b in zip(jax.jit(jax.grad(loss(ours), (0, 1)))(rows, weights),
                     jax.grad(loss(reference), (0, 1))(rows, weights)):
       np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(100, 0, 28), (0, 128, 0), (1, 2, 60), (0, 0, 0)])
+def test_the_tpu_kernel_gives_the_gradient_of_the_weights(counts):
+  rng = np.random.default_rng(0)
+  rows, weights, g = (jnp.asarray(rng.normal(size=s), jnp.float32)
+                      for s in ((128, 24), (3, 24, 16), (128, 16)))
+  rows, g = (a.at[sum(counts):].set(0) for a in (rows, g))  # what is behind all groups is zero
+  got = _kernel_backward(rows, weights, jnp.array(counts), g, interpret=True)
+  want = _blocks_backward(rows, weights, jnp.array(counts), g)
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, b, atol=1e-4)

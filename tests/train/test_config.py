@@ -3,6 +3,7 @@ import pytest
 
 from configs import demo, stage1, stage2
 from mgjax.config import ConfigError, ModelConfig, build
+from mgjax.models.remat import RematConfig
 from mgjax.presets import PRESETS, find
 from mgjax.train.config import RunConfig, run_config
 
@@ -51,6 +52,12 @@ def test_the_demo_is_runs_in_order(size):
   assert twin.vision_hr is None and twin.visual_tokens == mining.visual_tokens
 
 
+def test_one_policy_for_all_parts_as_runs_saved_it_before():
+  good = stage2.get_config("tiny").to_dict()
+  old = run_config(good | {"remat": "dots_saveable"}).remat
+  assert old == RematConfig("dots_saveable", "dots_saveable", "dots_saveable")
+
+
 def test_wrong_keys_and_values_are_named():
   good = stage2.get_config("tiny").to_dict()
   with pytest.raises(ValueError, match=r"config.acumulate does not exist; did you mean "
@@ -60,8 +67,12 @@ def test_wrong_keys_and_values_are_named():
     run_config(good | {"data": {"batch_sise": 2}})
   with pytest.raises(ValueError, match="config.steps is 'ten'; expected int"):
     run_config(good | {"steps": "ten"})
-  with pytest.raises(ValueError, match="config.remat is 'all'; expected one of none"):
-    run_config(good | {"remat": "all"})
+  with pytest.raises(ValueError, match="config.remat.decoder is 'all'; expected one of none"):
+    run_config(good | {"remat": {"decoder": "all"}})
+  with pytest.raises(ValueError, match="config.remat.towers is 'save_mlp'; expected one of none"):
+    run_config(good | {"remat": {"towers": "save_mlp"}})
+  with pytest.raises(ValueError, match="config.attention is 'flash'; expected one of auto"):
+    run_config(good | {"attention": "flash"})
   with pytest.raises(ValueError, match="batch_size 8 is not a multiple of config.accumulate 3"):
     run_config(good | {"accumulate": 3, "data": {"path": "x", "batch_size": 8}})
   with pytest.raises(ValueError, match="preset 'mgm-7c' does not exist; did you mean 'mgm-7b'"):
