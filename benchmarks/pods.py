@@ -20,7 +20,6 @@ import jax  # noqa: E402
 
 from mgjax.checkpoint import abstract_params  # noqa: E402
 from mgjax.config import ConfigError  # noqa: E402
-from mgjax.data.mixtures import STAGE1, STAGE2, fill  # noqa: E402
 from mgjax.presets import PRESETS  # noqa: E402
 from mgjax.sharding import make_mesh, mesh_context  # noqa: E402
 from mgjax.tpu import account, slices  # noqa: E402
@@ -77,7 +76,7 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
         if made is None or made.step >= best.step:
           break
         best, changes = made, changes | {"mesh.data": data}
-      return _row(stage, preset, config, best, changes)
+      return _row(stage, preset, best, changes)
   return {"stage": stage, "preset": preset, "generation": generation, "fits": False}
 
 
@@ -97,16 +96,13 @@ def _state_fits(config, chosen) -> bool:
   return 14 * trained + 2 * frozen < 0.9 * chosen.chips * slices.chip(chosen).hbm
 
 
-def _row(stage, preset, config, made: Report, changes) -> dict:
-  shape = config.data.formats[0][0]
-  use = fill(STAGE1 if stage == 1 else STAGE2, shape, config.data.max_length)
+def _row(stage, preset, made: Report, changes) -> dict:
   flags = "".join(f" --config.{k}={v}" for k, v in changes.items())
   kept = ("slice", "chips", "mesh", "fits", "step", "mfu", "mfu_bound", "exposed", "binds",
-          "calibration", "whole")
+          "calibration", "whole", "useful", "hours")
   return {k: v for k, v in made.as_json().items() if k in kept} | {
       "stage": stage, "preset": preset, "generation": made.slice.split("-")[0],
-      "peak": made.memory.peak, "useful": use.tokens,
-      "hours": use.batches * made.step / 3600,
+      "peak": made.memory.peak,
       "command": f"python launch/compile.py --config=configs/stage{stage}.py:{preset} "
                  f"--topology={made.slice}{flags}"}
 

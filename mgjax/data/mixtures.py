@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from mgjax.data.config import DataConfig
 from mgjax.data.packing import WINDOW, Format, pack
 
 # (part, thousands, pictures, mean text tokens, sigma of the logarithm)
@@ -23,6 +24,12 @@ STAGE2 = (
     ("ALLaVA-4V", 700, 1, 330, 0.4), ("multi-turn text", 6, 0, 640, 0.8),
     ("documents", 28, 1, 140, 0.5), ("generation", 13, 0, 170, 0.4))
 SAMPLES = 60_000
+
+
+def of_data(data: DataConfig):
+  """The mixture that a recipe's files hold, known by their names; None for others."""
+  paths = " ".join(source.path for source in data.all_sources)
+  return STAGE1 if "MGM-Pretrain" in paths else STAGE2 if "MGM-Finetune" in paths else None
 
 
 def draw(table, visual_tokens: int, longest: int) -> tuple[np.ndarray, np.ndarray]:

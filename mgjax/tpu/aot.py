@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mgjax.checkpoint import abstract_params
 from mgjax.config import ConfigError
+from mgjax.data.mixtures import Fill, fill, of_data
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import batch_arrays
 from mgjax.infer.engine import Engine
@@ -54,6 +55,7 @@ class Program:
   positions: int
   images: int
   arguments: dict[str, int]
+  fill: Fill | None = None  # of the rows, by the paper's mixture, where the config's data are that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +113,10 @@ def _train_step(config, shape, mesh):
                "optimizer": bytes_a_chip(abstract.opt_state), "batch": batch // batch_shards(mesh)}
   flops = model_flops(config, whole_batch(shape, config.model.decoder.sliding_window)).total
   what = f"train step, {shape.rows} rows of {shape.length} with {shape.slots} images"
+  mixture = of_data(config.data) if config.data.batching == "packed" else None
+  filled = fill(mixture, shape, config.data.max_length) if mixture else None
   return Program(what, dict(mesh.shape), flops, shape.rows * shape.length,
-                 shape.rows * shape.slots, arguments), lowered
+                 shape.rows * shape.slots, arguments, filled), lowered
 
 
 def _generation(config, request, mesh):

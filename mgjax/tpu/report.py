@@ -66,6 +66,8 @@ class Report:
   mfu: float
   tokens_per_s_per_chip: float
   images_per_s_per_chip: float
+  useful: float | None        # share of positions that the paper's mixture fills, lengths assumed
+  hours: float | None         # of an epoch of it
 
   @property
   def fits(self) -> bool:
@@ -91,8 +93,10 @@ def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> R
       compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
       guess.flops, guess.kernel_flops, guess.hbm_bytes, _collectives(guess), guess.products,
       guess.core, guess.memory, guess.links, guess.exposed, guess.by_source, guess.bound,
-      guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound, needed / chip.peak / step,
-      program.positions / chips / step, program.images / chips / step)
+      guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound,
+      needed / chip.peak / step,
+      program.positions / chips / step, program.images / chips / step,
+      program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600)
 
 
 def memory(program: Program, compiled: Compiled, chip: Chip) -> Memory:
@@ -140,6 +144,9 @@ def _text(r: Report) -> str:
       f"estimated step  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "
       f"MFU {r.mfu:.1%}, {r.tokens_per_s_per_chip:,.0f} positions/s/chip, "
       f"{r.images_per_s_per_chip:.2f} images/s/chip",
+      *([] if r.useful is None else [
+          f"rows            {r.useful:.1%} filled by the paper's mixture (text lengths are "
+          f"assumed); an epoch of it: {r.hours:.1f} hours"]),
       "",
       "not counted: " + "; ".join(NOT_COUNTED),
   ]
