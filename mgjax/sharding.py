@@ -25,7 +25,7 @@ RULES = {
     "expert": "expert",
     "channels": "fsdp", "taps": None, "norm": None,
     # activations
-    "batch": ("data", "fsdp"), "seq": None, "act_embed": None, "act_mlp": "tensor",
+    "batch": ("data", "fsdp", "expert"), "seq": None, "act_embed": None, "act_mlp": "tensor",
     "act_heads": "tensor", "act_vocab": "tensor", "space": None,
 }
 

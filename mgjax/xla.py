@@ -18,6 +18,7 @@ _OPTIONS = {
         "xla_enable_async_all_gather": "true",
         "xla_enable_async_reduce_scatter_fusion": "true",
         "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
     },
 }
 

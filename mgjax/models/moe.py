@@ -20,8 +20,8 @@ class Experts(nnx.Module):
       p = softmax(W_r x);  y = sum over the k largest p_e of  p_e / (their sum) * expert_e(x)
 
   No expert is ever full: tokens are sorted by expert and multiplied group by group (`grouped_dot`),
-  so that none is dropped and nothing is computed twice.  Over the mesh axis
-  `expert` every device computes the tokens of its own experts, and their results are summed.
+  so that none is dropped and nothing is computed twice.  Over the mesh axis `expert` every device
+  computes its own experts for the rows of all, and gets the sum of what all say of its rows.
   """
 
   def __init__(self, config: DecoderConfig, activation: Callable, *, dtype, rngs: nnx.Rngs):
@@ -50,12 +50,15 @@ class Experts(nnx.Module):
 
     def local(x, weights, chosen, *kernels):
       gate, up, down = map(whole, kernels, stored, axes)
+      # The rows of all who share the experts come to each, rather than the experts to the rows.
+      x, weights, chosen = (jax.lax.all_gather(a, "expert", tiled=True)
+                            for a in (x, weights, chosen))
       own, k = gate.shape[0], chosen.shape[-1]
       expert = chosen.reshape(-1) - jax.lax.axis_index("expert") * own          # [N*k]
       mine = (expert >= 0) & (expert < own)
       group = jnp.where(mine, expert, own)                                      # others last
       order = jnp.argsort(group, stable=True)
-      counts = jnp.bincount(group, length=own + 1)[:own].astype(jnp.int32)
+      counts = jnp.sum(group[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32)
       # Rows of others are zero, and so is all that comes of them, forward and backward.
       own_rows = lambda a: jnp.where(mine[order][:, None], a, 0)
       rows = own_rows(x.reshape(-1, d)[order // k])
@@ -65,7 +68,8 @@ class Experts(nnx.Module):
       y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
       share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
       y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)
-      return jax.lax.psum(y, ("expert", "tensor")).reshape(x.shape)
+      y = jax.lax.psum(y, "tensor").reshape(x.shape)
+      return jax.lax.psum_scatter(y, "expert", tiled=True)
 
     batch = spec("batch", None, None)
     sharded = jax.shard_map(local, in_specs=(batch, batch, batch, *stored), out_specs=batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -28,7 +29,8 @@ ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.0
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one run of an instruction: operations of matrix products, bytes of HBM, seconds of the core.
+  """Of one run of an instruction: operations of matrix products (those of Pallas kernels among
+  them), bytes of HBM, seconds of the core.
 
   estimated: whether the seconds come from the compiler's model."""
 
@@ -36,22 +38,30 @@ class Cost:
   bytes: float = 0
   seconds: float = 0
   estimated: bool = False
+  kernel_flops: float = 0
 
 
-def cost(module: Module, computation: str, instruction: Instruction, chip: Chip) -> Cost:
-  """The cost of an instruction by itself: what a loop or call runs is counted there."""
+def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
+         own_rows: float = 1) -> Cost:
+  """The cost of an instruction by itself: what a loop or call runs is counted there.
+
+  own_rows: the part of the rows of grouped products that are of the groups at hand; kernels leave
+  out the others."""
   i = instruction
   if (i.opcode in _FREE or (i.opcode == "custom-call" and _is_free_call(i))
       or i.name.startswith("async-collective-")):  # the links' work, see links.py
     return Cost()
-  flops, moved = op_flops(module, computation, i), hbm_bytes(module, computation, i)
+  moved = hbm_bytes(module, computation, i)
+  by_rate = op_flops(module, computation, i, own_rows)
+  flops = sum(by_rate.values())
+  kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
   if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
     return Cost(0, moved)  # by the memory's own engine, behind the core's back
   if i.cycles is not None:
-    return Cost(flops, moved, max(i.cycles / chip.clock, flops / chip.peak), True)
-  rate = (GROUPED_RATE if _is_grouped(i) else ATTENTION_RATE if is_kernel(i) else
-          DEPTHWISE_RATE if _is_depthwise(module, i) else PRODUCT_RATE)
-  return Cost(flops, moved, max(flops / rate / chip.peak, moved / chip.hbm_bandwidth), False)
+    seconds = max(i.cycles / chip.clock, flops / chip.peak)
+    return Cost(flops, moved, seconds, True, kernel_flops)
+  at_rates = sum(n / rate for rate, n in by_rate.items()) / chip.peak
+  return Cost(flops, moved, max(at_rates, moved / chip.hbm_bandwidth), False, kernel_flops)
 
 
 def is_kernel(i: Instruction) -> bool:
@@ -59,42 +69,39 @@ def is_kernel(i: Instruction) -> bool:
   return i.opcode == "custom-call" and "tpu_custom_call" in i.attributes
 
 
-def _is_grouped(i):
-  return i.opcode == "custom-call" and bool(_GROUPED.match(i.name))
-
-
-def _is_depthwise(module, i):
-  inside = module.computations[i.called()[0]].values() if i.opcode == "fusion" else (i,)
-  return any(j.opcode == "convolution" and int(j.attribute("feature_group_count") or 1) > 1
-             for j in inside)
-
-
 def _is_free_call(i):
   return any(name in (i.attribute("custom_call_target") or "") for name in _FREE_CALLS)
 
 
-def op_flops(module: Module, computation: str, i: Instruction) -> float:
-  """Operations of products of matrices and convolutions, a multiplication and an addition each 2;
-  those inside a fusion counted; for a kernel, what it declares."""
+def op_flops(module: Module, computation: str, i: Instruction,
+             own_rows: float = 1) -> Counter[float]:
+  """Operations of products of matrices and convolutions, a multiplication and an addition each 2,
+  by the part of the peak rate that is assumed for them; what a fusion holds is counted."""
   operands = module.computations[computation]
+  if i.opcode == "fusion":
+    body = i.called()[0]
+    return sum((op_flops(module, body, inner, own_rows)
+                for inner in module.computations[body].values()), Counter())
   if i.opcode == "convolution":
-    return _convolution_flops(i, *(operands[name].arrays[0] for name in i.operands))
+    lhs, rhs = (operands[name].arrays[0] for name in i.operands)
+    depthwise = int(i.attribute("feature_group_count") or 1) > 1
+    return Counter({DEPTHWISE_RATE if depthwise else PRODUCT_RATE: _convolution_flops(i, lhs, rhs)})
   if i.opcode == "dot":
     lhs = operands[i.operands[0]].arrays[0]
     contracted = (i.attribute("lhs_contracting_dims") or "{}").strip("{}")
-    return 2 * math.prod(i.arrays[0].dims) * math.prod(
-        lhs.dims[int(d)] for d in contracted.split(",") if d)
-  if i.opcode == "fusion":
-    body = i.called()[0]
-    return sum(op_flops(module, body, inner) for inner in module.computations[body].values())
-  if _is_grouped(i):
-    rows, columns = i.arrays[0].dims[-2:]
-    arrays = [operands[name].arrays[0].dims for name in i.operands]
-    if len(i.arrays[0].dims) == 3:  # a matrix a group: the sum over rows
-      return 2 * rows * columns * max(dims[0] for dims in arrays if len(dims) == 2)
-    return 2 * rows * columns * max(dims[1] for dims in arrays
-                                    if len(dims) == 2 and dims[0] == rows)
-  return _attention_flops(operands, i) if is_kernel(i) else 0
+    depth = math.prod(lhs.dims[int(d)] for d in contracted.split(",") if d)
+    return Counter({PRODUCT_RATE: 2 * math.prod(i.arrays[0].dims) * depth})
+  if i.opcode == "custom-call" and _GROUPED.match(i.name):
+    return Counter({GROUPED_RATE: own_rows * _grouped_flops(operands, i)})
+  return Counter({ATTENTION_RATE: _attention_flops(operands, i)} if is_kernel(i) else {})
+
+
+def _grouped_flops(operands, i: Instruction) -> float:
+  rows, columns = i.arrays[0].dims[-2:]
+  shapes = [operands[name].arrays[0].dims for name in i.operands]
+  if len(i.arrays[0].dims) == 3:  # a matrix a group: the sum over rows
+    return 2 * rows * columns * max(dims[0] for dims in shapes if len(dims) == 2)
+  return 2 * rows * columns * max(dims[1] for dims in shapes if len(dims) == 2 and dims[0] == rows)
 
 
 def _attention_flops(operands, i: Instruction) -> float:

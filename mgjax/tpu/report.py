@@ -85,7 +85,9 @@ class Report:
 def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> Report:
   """The account of a compiled program."""
   chip, chips = chip_of_slice(chosen), chosen.chips
-  guess = estimate(hlo.parse(compiled.text), chip, links.Network(mesh, chosen, chip))
+  # Tokens spread evenly over experts are assumed.
+  guess = estimate(hlo.parse(compiled.text), chip, links.Network(mesh, chosen, chip),
+                   1 / mesh.shape["expert"])
   factor = WHOLE if compiled.whole else SKETCH
   needed, step = program.model_flops / chips, guess.expected * factor
   return Report(

@@ -6,7 +6,7 @@ import dataclasses
 from mgjax.chips import Chip
 from mgjax.tpu.hlo import Module
 from mgjax.tpu.links import Collective, Network, collectives
-from mgjax.tpu.ops import Cost, cost, is_kernel
+from mgjax.tpu.ops import Cost, cost
 
 # What the figures leave out; said wherever they are shown.
 NOT_COUNTED = (
@@ -49,12 +49,12 @@ class Estimate:
     return max(("products", "memory", "links"), key=lambda name: getattr(self, name))
 
 
-def estimate(module: Module, chip: Chip, network: Network) -> Estimate:
-  """Of a program compiled for the chips of `network`.
+def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1) -> Estimate:
+  """Of a program compiled for the chips of `network`; own_rows: as in `ops.cost`.
 
   Raises ValueError where the sum is below what the peak rate allows: the estimate is wrong then.
   """
-  walk = _Walk(module, chip, network)
+  walk = _Walk(module, chip, network, own_rows)
   expected = walk.region(module.entry, 1)
   links = sum(c.seconds * times for c, times in walk.found)
   result = Estimate(
@@ -71,8 +71,9 @@ def estimate(module: Module, chip: Chip, network: Network) -> Estimate:
 class _Walk:
   """Adds up costs while going through what is scheduled."""
 
-  def __init__(self, module: Module, chip: Chip, network: Network):
+  def __init__(self, module: Module, chip: Chip, network: Network, own_rows: float):
     self._module, self._chip, self._network = module, chip, network
+    self._own_rows = own_rows
     self.flops = self.kernel_flops = self.bytes = self.core = self.unestimated = 0.0
     self.sources: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
@@ -86,7 +87,7 @@ class _Walk:
       if own and i.opcode != "fusion":
         price = Cost()  # the links' time, not the core's
       else:
-        price = cost(self._module, computation, i, self._chip)
+        price = cost(self._module, computation, i, self._chip, self._own_rows)
         if own and not price.estimated:
           price = dataclasses.replace(price, seconds=0.0)
       self._add(i, price, own, times)
@@ -102,7 +103,7 @@ class _Walk:
 
   def _add(self, i, price, own, times):
     self.flops += price.flops * times
-    self.kernel_flops += price.flops * times * is_kernel(i)
+    self.kernel_flops += price.kernel_flops * times
     self.bytes += price.bytes * times
     self.core += price.seconds * times
     self.unestimated += price.seconds * times * (not price.estimated)

@@ -120,7 +120,8 @@ def test_kernels_of_attention_count_the_blocks_of_their_mask():
   module = hlo.parse(text)
   computation, kernel, _ = found(module, "splash_mha_fwd.1")
   whole = 2 * 2 * 32 * 2048**2 * 128
-  assert ops.op_flops(module, computation, kernel) == whole * 3 / 4  # three of four blocks
+  got = ops.op_flops(module, computation, kernel)
+  assert got == {ops.ATTENTION_RATE: whole * 3 / 4}  # three of four blocks
 
 
 def test_text_without_a_program_is_refused():
