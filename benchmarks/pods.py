@@ -69,13 +69,17 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
           break
         if made.step < best.step:
           best, changes = made, changes | {"remat.decoder": policy}
-      for data in (2, 4):
-        made = None
-        if best.mesh.get("fsdp", 1) > 8:
-          made = sketched(changes | {"mesh.data": data})
-        if made is None or made.step >= best.step:
-          break
-        best, changes = made, changes | {"mesh.data": data}
+      axes = [("mesh.data", (2, 4))]
+      if config.model.decoder.experts:
+        axes.insert(0, ("mesh.expert", (2, 4)))
+      for axis, sizes in axes:
+        for size in sizes:
+          made = None
+          if best.mesh.get("fsdp", 1) > 8:
+            made = sketched(changes | {axis: size})
+          if made is None or made.step >= best.step:
+            break
+          best, changes = made, changes | {axis: size}
       return _row(stage, preset, best, changes)
   return {"stage": stage, "preset": preset, "generation": generation, "fits": False}
 

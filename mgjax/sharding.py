@@ -73,7 +73,8 @@ def fit_mesh(sizes: Sequence[int], devices: int, rows: Sequence[int]) -> tuple[i
     return tuple(1 if s == -1 and i == AXES.index("tensor") and fsdp == -1 else s
                  for i, s in enumerate(sizes))
   left, most = devices // (data * expert), math.gcd(*rows)
-  fsdp = max(f for f in range(1, left + 1) if left % f == 0 and most % (data * f) == 0 or f == 1)
+  fsdp = max(f for f in range(1, left + 1)
+             if left % f == 0 and most % (data * f * expert) == 0 or f == 1)
   return data, fsdp, left // fsdp, expert
 
 

@@ -80,6 +80,9 @@ class DoesNotFit(ConfigError):
                      f"{available / 2**30:.2f}")
     self.program, self.needed, self.available = program, needed, available
 
+  def __reduce__(self):  # it comes from another process
+    return type(self), (self.program, self.needed, self.available)
+
 
 def requests(config: RunConfig, what: str, rows: int = 0, length: int = 0) -> list[Request]:
   """What of a config can be compiled: `what` is "train" (one program for each resolution),
@@ -122,8 +125,9 @@ def _train_step(config, shape, mesh):
 def _generation(config, request, mesh):
   rows, length = request.rows or batch_shards(mesh), request.length
   if rows % batch_shards(mesh):
-    raise ConfigError(f"--rows={rows} does not divide among data x fsdp = {batch_shards(mesh)}; "
-                      "use a multiple of it, or a larger --config.mesh.tensor")
+    raise ConfigError(f"--rows={rows} does not divide among data x fsdp x expert = "
+                      f"{batch_shards(mesh)}; use a multiple of it, or a larger "
+                      "--config.mesh.tensor")
   with mesh_context(mesh):
     graphdef, shapes = abstract_params(model_builder(config), mesh)
     params = jax.tree.map(
@@ -146,16 +150,24 @@ def compile_whole(program: Program, lowered: jax.stages.Lowered, mesh: Mesh) -> 
   try:
     compiled = lowered.compile(compiler_options(mesh))
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-    if not found:
-      raise
-    size = lambda number, unit: float(number) * 2 ** (10 * " KMGT".index(unit))
-    raise DoesNotFit(program, size(*found.group(1, 2)), size(*found.group(3, 4))) from error
+    raise _explained(program, error) from error
   stats = compiled.memory_analysis()
   # What is donated comes back in the same place.
   made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
   return Compiled(compiled.as_text(), stats.argument_size_in_bytes, made,
                   stats.generated_code_size_in_bytes, time.perf_counter() - started, True)
+
+
+def _explained(program: Program, error: Exception) -> ConfigError:
+  """What the compiler's error means."""
+  size = r"([\d.]+)([KMGT])"
+  found = re.search(rf"Used {size} of {size} hbm|temporaries \({size}\) exceeds available HBM "
+                    rf"\({size}\)", str(error))
+  if not found:
+    return ConfigError(f"{program.what}: the compiler failed: {str(error).splitlines()[0]}")
+  needed, needed_unit, there, there_unit = (group for group in found.groups() if group)
+  scaled = lambda number, unit: float(number) * 2 ** (10 * " KMGT".index(unit))
+  return DoesNotFit(program, scaled(needed, needed_unit), scaled(there, there_unit))
 
 
 def sketch(config: RunConfig, request: Request, chosen: Slice) -> tuple[Program, Compiled]:
@@ -190,15 +202,17 @@ def sketch(config: RunConfig, request: Request, chosen: Slice) -> tuple[Program,
 
 def _sketch(config, request, chosen, folder, pipe):
   """Runs in the child."""
+  program = None
   try:
     mesh = mesh_of(config, describe(chosen))
     program, lowered = lower(config, request, mesh)
     pipe.send(program)
     lowered.compile(compiler_options(mesh) | {
         "xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_as_long_text": True})
-  except BaseException as error:
+  except jax.errors.JaxRuntimeError as error:
+    pipe.send(_explained(program, error))
+  except ConfigError as error:
     pipe.send(error)
-    raise SystemExit(1) from error
 
 
 def _received(pipe):
@@ -208,8 +222,6 @@ def _received(pipe):
     raise ConfigError("the compiler ended without a word; compile it whole to see why") from None
   if isinstance(got, ConfigError):
     raise got
-  if isinstance(got, BaseException):
-    raise ConfigError(f"the compiler failed: {str(got).splitlines()[0]}") from got
   return got
 
 

@@ -78,7 +78,9 @@ def meshes(config: RunConfig, chosen: Slice) -> list[MeshConfig]:
   for tensor in (1, 2, 4, 8):
     if decoder.heads % tensor or decoder.kv_heads % tensor:
       continue
-    for expert in {1, *(e for e in (2, 4, 8) if decoder.experts and decoder.experts % e == 0)}:
+    for expert in (1, 2, 4, 8):
+      if max(decoder.experts, 1) % expert:
+        continue
       for data in (chosen.count, 2 * chosen.count, 4 * chosen.count):
         fsdp, left = divmod(chosen.chips, data * tensor * expert)
         if fsdp and not left:
@@ -89,7 +91,7 @@ def meshes(config: RunConfig, chosen: Slice) -> list[MeshConfig]:
 def _rows(config: RunConfig, mesh: MeshConfig) -> Iterator[tuple[RunConfig, str]]:
   """The config with rows that the mesh can share: as they are, cut in halves with half of the
   pictures each, or in micro-batches; always as many pictures a step."""
-  shards, data = mesh.data * mesh.fsdp, config.data
+  shards, data = mesh.data * mesh.fsdp * mesh.expert, config.data
   if data.resolutions:
     yield config, ""
     return

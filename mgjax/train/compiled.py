@@ -42,11 +42,11 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
     if rows % shards:
       raise ConfigError(
           f"config.data: batch_size {batch_size} / accumulate {config.accumulate} = {rows} rows, "
-          f"which mesh {dict(mesh.shape)} cannot share among data x fsdp = {shards}; use a "
-          f"multiple of {shards * config.accumulate}")
+          f"which mesh {dict(mesh.shape)} cannot share among data x fsdp x expert = {shards}; use "
+          f"a multiple of {shards * config.accumulate}")
   if shards % jax.process_count():
     raise ConfigError(
-        f"mesh {dict(mesh.shape)}: data x fsdp = {shards} does not divide among "
+        f"mesh {dict(mesh.shape)}: data x fsdp x expert = {shards} does not divide among "
         f"{jax.process_count()} hosts, each of which reads its own rows; use a smaller tensor axis")
 
 

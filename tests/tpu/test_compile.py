@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgjax.sharding import make_mesh
-from mgjax.tpu import hlo, links, roofline, slices
+from mgjax.tpu import aot, hlo, links, roofline, slices
 
 REPO = pathlib.Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -101,3 +102,17 @@ def test_without_the_compiler_the_extra_is_named(tmp_path):
        "--topology=v5e:2x2"], cwd=REPO, capture_output=True, text=True, timeout=120,
       env=os.environ | {"PYTHONPATH": f"{tmp_path}:."})
   assert done.returncode == 2 and ".[tpu]" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("said, needed, there", [
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 46.19G of 15.75G hbm. "
+     "Exceeded hbm capacity by 30.44G.", 46.19, 15.75),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(23.80G) exceeds available HBM (15.75G).", 23.8, 15.75)])
+def test_memory_that_the_compiler_misses_is_understood(said, needed, there):
+  program = aot.Program("train step", {}, 1.0, 1, 1, {})
+  error = aot._explained(program, RuntimeError(said))
+  assert isinstance(error, aot.DoesNotFit)
+  again = pickle.loads(pickle.dumps(error))  # as it comes from the sketching process
+  assert again.needed == needed * 2**30 and again.available == there * 2**30
+  assert "GiB" in str(again)
