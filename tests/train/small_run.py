@@ -4,9 +4,12 @@ import os
 import pathlib
 import signal
 
+import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
+from mgjax import trees
 from mgjax.data.config import DataConfig
 from mgjax.models.remat import KEEP_ALL
 from mgjax.presets import find
@@ -53,3 +56,34 @@ def stop_at(monkeypatch, step):
     return usage(*args)
 
   monkeypatch.setattr(loop, "usage", watched)
+
+
+def saved(workdir, step):
+  """Every saved array of a step, by path, whatever devices it was saved from."""
+  folder = workdir / "checkpoints" / str(step)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
+                       ocp.checkpointables_metadata(folder).metadata["state"])
+  return {k: np.asarray(v) for k, v in trees.flatten(
+      ocp.load_checkpointables(folder, dict(state=state))["state"]).items()}
+
+
+def same(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def close(root, one, other, step):
+  """Losses and parameters of two runs agree in float32."""
+  lines = lambda d: [json.loads(x) for x in (root / d / "metrics.jsonl").read_text().splitlines()]
+  assert len(lines(one)) == step
+  for a, b in zip(lines(one), lines(other), strict=True):
+    assert a["terms"] == b["terms"]
+    assert abs(a["loss"] - b["loss"]) < 1e-5
+    assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-4
+  a, b = saved(root / one, step), saved(root / other, step)
+  for key in a:
+    if not (key.startswith("opt_state") or key.endswith("key/dense/bias")
+            or key.endswith("key/norm/bias")):  # biases whose true gradient is zero: noise
+      np.testing.assert_allclose(a[key], b[key], atol=1e-5, rtol=0, err_msg=key)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from test_resume import close, same, saved
+from small_run import close, same, saved
 
 from mgjax.config import ConfigError
 from mgjax.train import hosts, watcher

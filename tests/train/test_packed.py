@@ -112,6 +112,7 @@ def test_scores_and_losses_are_those_of_the_sample_alone(data, family):
     assert abs(one[number] - other[number]) / counted[number].sum() < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_sum(data):
   graphdef, params = nnx.split(build(TINY))
 

@@ -1,18 +1,13 @@
 """A run that stops and goes on is the run that never stopped, bit for bit."""
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
-from small_run import make_run, stop_at
+from small_run import make_run, same, saved, stop_at
 
-from mgjax import checkpoint, trees
+from mgjax import checkpoint
 from mgjax.checkpoint import CheckpointError
 from mgjax.config import ConfigError
 from mgjax.data.config import Resolution
@@ -21,22 +16,6 @@ from mgjax.data.sources import Source
 from mgjax.train import loop
 from mgjax.train.config import CheckpointConfig, MeshConfig
 from mgjax.train.loop import TrainingError, train
-
-
-def saved(workdir, step):
-  """Every saved array of a step, by path, whatever devices it was saved from."""
-  folder = workdir / "checkpoints" / str(step)
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here),
-                       ocp.checkpointables_metadata(folder).metadata["state"])
-  return {k: np.asarray(v) for k, v in trees.flatten(
-      ocp.load_checkpointables(folder, dict(state=state))["state"]).items()}
-
-
-def same(a, b):
-  assert a.keys() == b.keys()
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -180,81 +159,6 @@ def test_init_from_takes_parts(tmp_path):
   wrong = dataclasses.replace(config, init_from=(("decoderr", str(tmp_path / "first")),))
   with pytest.raises(CheckpointError, match="'decoderr' .* names no parameter"):
     train(wrong, tmp_path / "third")
-
-
-# argv: folder, name of the run, devices, mesh, steps, process, processes, port
-SCRIPT = """
-import dataclasses, pathlib, sys
-import jax
-folder, name, devices, mesh, steps, process, processes, port = sys.argv[1:]
-jax.config.update("jax_num_cpu_devices", int(devices))
-jax.config.update("jax_default_matmul_precision", "highest")
-if processes != "1":
-  jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
-from mgjax.train.config import MeshConfig
-from mgjax.train.loop import train
-from small_run import make_run
-run = make_run(folder, steps=int(steps))
-run = dataclasses.replace(run, mesh=MeshConfig(*map(int, mesh.split("x"))))
-train(run, pathlib.Path(folder) / name)
-"""
-
-
-def run_processes(root, name, *, devices=1, mesh="1x1x1x1", steps=3, processes=1):
-  """A small run in processes of its own, with so many devices each."""
-  here = os.path.dirname(os.path.abspath(__file__))
-  env = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.getcwd()]), "JAX_PLATFORMS": "cpu"}
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  started = [subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, (
-      root, name, devices, mesh, steps, process, processes, port))], env=env)
-             for process in range(processes)]
-  assert [p.wait(timeout=300) for p in started] == [0] * processes
-
-
-def close(root, one, other, step):
-  """Losses and parameters of two runs agree in float32."""
-  lines = lambda d: [json.loads(x) for x in (root / d / "metrics.jsonl").read_text().splitlines()]
-  assert len(lines(one)) == step
-  for a, b in zip(lines(one), lines(other), strict=True):
-    assert a["terms"] == b["terms"]
-    assert abs(a["loss"] - b["loss"]) < 1e-5
-    assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-4
-  a, b = saved(root / one, step), saved(root / other, step)
-  for key in a:
-    if not (key.startswith("opt_state") or key.endswith("key/dense/bias")
-            or key.endswith("key/norm/bias")):  # biases whose true gradient is zero: noise
-      np.testing.assert_allclose(a[key], b[key], atol=1e-5, rtol=0, err_msg=key)
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory):
-  """A run of three steps on one device, called "one"."""
-  root = tmp_path_factory.mktemp("processes")
-  make_run(root, steps=3)
-  run_processes(root, "one")
-  return root
-
-
-def test_eight_devices_equal_one(one):
-  run_processes(one, "eight", devices=8, mesh="2x2x2x1")
-  close(one, "one", "eight", 3)
-
-
-def test_two_hosts_equal_one(one):
-  run_processes(one, "two", mesh="2x1x1x1", processes=2)
-  close(one, "one", "two", 3)
-
-
-@pytest.mark.slow
-def test_two_hosts_hand_over_to_one(tmp_path):
-  make_run(tmp_path, steps=4)
-  run_processes(tmp_path, "first", mesh="2x1x1x1", steps=2, processes=2)
-  run_processes(tmp_path, "alone", steps=2)
-  for name in ("first", "alone"):
-    run_processes(tmp_path, name, steps=4)
-  close(tmp_path, "alone", "first", 4)
 
 
 def test_mesh_and_batch_that_do_not_fit(tmp_path):
