@@ -72,11 +72,12 @@ def run(folder, script, hosts, workers, stop_at=None):
       if stop_at is not None and all(
           len(whole_lines(folder / f"host{h}.jsonl")) >= stop_at for h in range(hosts)):
         for p in processes:
-          os.kill(p.pid, signal.SIGKILL)
+          p.kill()
         break
       time.sleep(0.005)
     codes = [p.wait(timeout=60) for p in processes]
-    assert codes == [0 if stop_at is None else -signal.SIGKILL] * hosts
+    # A host that is far ahead of the other may be through when that one is killed.
+    assert set(codes) <= ({0} if stop_at is None else {0, -signal.SIGKILL}), codes
     deadline = time.monotonic() + 30
     while any(map(group_lives, processes)) and time.monotonic() < deadline:
       time.sleep(0.02)
