@@ -68,8 +68,8 @@ def check(family, root):
       assert "expert" in axes or "experts/" not in path or "router" in path, path
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f == "llama" else
-                                                 pytest.mark.slow) for f in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
 def test_cut_and_never_put_together_again(family, tmp_path):
   here = pathlib.Path(__file__)
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
