@@ -85,14 +85,6 @@ def stop(why: object, status: int = 2) -> int:
   return status
 
 
-def parse(argv):
-  """Flags and config file; what does not fit is one line."""
-  from mgjax.command import last_line
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
-    sys.exit(stop(last_line(e)))
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  from mgjax.command import parser
+  app.run(main, flags_parser=parser(2))

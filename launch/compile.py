@@ -94,16 +94,9 @@ def stop(message) -> int:
   return 2
 
 
-def parse(argv):
-  """Flags and config file; what does not fit is one line."""
-  from mgjax.command import last_line
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
-    sys.exit(stop(last_line(e)))
-
-
 if __name__ == "__main__":
+  from mgjax.command import parser
+
   os.environ["JAX_PLATFORMS"] = "cpu"  # whatever this machine has: nothing runs
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # it cannot hold programs for other machines
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=parser(2))

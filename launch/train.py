@@ -60,14 +60,6 @@ def main(argv):
     sys.exit(f"error: {e}")
 
 
-def parse(argv):
-  """Flags and config file; what does not fit is one line."""
-  from mgjax.command import last_line
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
-    sys.exit(f"error: {last_line(e)}")
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse)
+  from mgjax.command import parser
+  app.run(main, flags_parser=parser())

@@ -2,6 +2,22 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+
+def parser(status: int = 1) -> Callable[[list[str]], list[str]]:
+  """For `app.run(main, flags_parser=...)`: flags and config file; what does not fit is one line on
+  stderr and this exit status."""
+  def parse(argv):
+    try:
+      return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as e:
+      print(f"error: {last_line(e)}", file=sys.stderr)
+      sys.exit(status)
+  return parse
 
 
 def last_line(e: Exception) -> str:

@@ -24,7 +24,7 @@ from mgjax.sharding import batch_shards, check_heads, mesh_context
 from mgjax.tpu.slices import Slice, describe
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
 from mgjax.train.config import RunConfig
-from mgjax.train.flops import Work, model_flops, pairs_seen, whole_batch
+from mgjax.train.flops import Work, batch_flops, model_flops, pairs_seen
 from mgjax.train.optimizer import make_optimizer
 from mgjax.train.state import abstract_state, model_builder
 from mgjax.xla import compiler_options
@@ -114,11 +114,10 @@ def _train_step(config, shape, mesh):
               for dims, dtype in batch_arrays(shape).values())
   arguments = {"params": bytes_a_chip(abstract.params), "frozen": bytes_a_chip(abstract.frozen),
                "optimizer": bytes_a_chip(abstract.opt_state), "batch": batch // batch_shards(mesh)}
-  flops = model_flops(config, whole_batch(shape, config.model.decoder.sliding_window)).total
   what = f"train step, {shape.rows} rows of {shape.length} with {shape.slots} images"
   mixture = of_data(config.data) if config.data.batching == "packed" else None
   filled = fill(mixture, shape, config.data.max_length) if mixture else None
-  return Program(what, dict(mesh.shape), flops, shape.rows * shape.length,
+  return Program(what, dict(mesh.shape), batch_flops(config, shape), shape.rows * shape.length,
                  shape.rows * shape.slots, arguments, filled), lowered
 
 
@@ -184,9 +183,11 @@ def sketch(config: RunConfig, request: Request, chosen: Slice) -> tuple[Program,
     child.start()
     try:
       theirs.close()
+      if not ours.poll(PATIENCE):
+        raise ConfigError(f"{request.what}: not even lowered within {PATIENCE} s")
       program = _received(ours)
       while not (text := _dumped(Path(folder))):
-        if ours.poll(0.2):
+        if ours.poll(0.2) and _report_of(Path(folder)) is None:
           _received(ours)  # raises: before the dump it can only be an error
         if time.perf_counter() - started > PATIENCE:
           raise ConfigError(f"{program.what}: not scheduled within {PATIENCE} s")

@@ -88,26 +88,6 @@ class Module:
   computations: dict[str, dict[str, Instruction]]   # by name, in the order of the schedule
   entry: str
 
-  def roots(self, computation: str) -> Instruction:
-    """What a computation returns."""
-    return next(reversed(self.computations[computation].values()))
-
-  def walk(self, computation: str | None = None, times: float = 1) -> Iterator[
-      tuple[str, Instruction, float]]:
-    """(computation, instruction, how often it runs) of everything that is scheduled; the bodies of
-    fusions are not, they run as one.  Of a conditional, the last branch counts."""
-    name = computation or self.entry
-    for instruction in self.computations[name].values():
-      yield name, instruction, times
-      if instruction.opcode == "while":
-        body = instruction.attribute("body").lstrip("%")
-        yield from self.walk(body, times * self.trip_count(instruction))
-      elif instruction.opcode in ("call", "async-start"):
-        for callee in instruction.called():
-          yield from self.walk(callee, times)
-      elif instruction.opcode == "conditional":
-        yield from self.walk(instruction.called()[-1], times)
-
   def trip_count(self, loop: Instruction) -> int:
     """How often a while loop runs its body: `known_trip_count`, else read off its condition, which
     compares a counter that begins at 0 with a constant.  1 if it cannot be told."""

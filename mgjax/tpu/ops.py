@@ -16,9 +16,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
          "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency",
          "domain", "async-start", "async-update", "async-done", "copy-done", "slice-done",
          "dynamic-slice-done"}
-# Custom calls that the compiler uses for bookkeeping.
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 # Products of groups of rows, see models/grouped.py.
 _GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")
+# Custom calls that the compiler uses for bookkeeping.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective",
                "GatherScatterIndicesBitpacked", "Sharding", "SPMD", "annotate_device_placement",
                "MoveToHost", "MoveToDevice", "PinToDevice")
@@ -52,11 +53,11 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
       or i.name.startswith("async-collective-")):  # the links' work, see links.py
     return Cost()
   moved = hbm_bytes(module, computation, i)
+  if i.opcode in _COPIES:
+    return Cost(0, moved)  # by the memory's own engine, behind the core's back
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
   kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
-  if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-    return Cost(0, moved)  # by the memory's own engine, behind the core's back
   if i.cycles is not None:
     seconds = max(i.cycles / chip.clock, flops / chip.peak)
     return Cost(flops, moved, seconds, True, kernel_flops)
@@ -160,7 +161,7 @@ def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
   of one that it updates in place, the update."""
   operands = module.computations[computation]
   arrays = lambda name: operands[name].arrays if name in operands else ()
-  if i.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+  if i.opcode in _COPIES:
     source, result = arrays(i.operands[0])[0], i.arrays[1]
     return result.bytes * (source.in_hbm + result.in_hbm)
   if i.opcode != "fusion":

@@ -36,7 +36,6 @@ class Estimate:
                                    # core, memory and links, and what is exposed
   by_source: dict[str, float]      # seconds of the core by where the operations come from
   collectives: tuple[tuple[Collective, float], ...]  # and how often they run
-  unestimated: float               # seconds of `core` that have no estimate of the compiler's
 
   @property
   def bound(self) -> float:
@@ -61,7 +60,7 @@ def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1) 
       walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core,
       walk.bytes / chip.hbm_bandwidth, links,
       sum(c.seconds * times for c, times in walk.found if not c.hidden), expected, walk.sources,
-      tuple(walk.found), walk.unestimated)
+      tuple(walk.found))
   if result.core < 0.999 * result.products:
     raise ValueError(f"{result.core:.4f} s for {result.flops:.4g} operations is above the peak "
                      f"rate of a {chip.name}")
@@ -74,7 +73,7 @@ class _Walk:
   def __init__(self, module: Module, chip: Chip, network: Network, own_rows: float):
     self._module, self._chip, self._network = module, chip, network
     self._own_rows = own_rows
-    self.flops = self.kernel_flops = self.bytes = self.core = self.unestimated = 0.0
+    self.flops = self.kernel_flops = self.bytes = self.core = 0.0
     self.sources: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
 
@@ -106,7 +105,6 @@ class _Walk:
     self.kernel_flops += price.kernel_flops * times
     self.bytes += price.bytes * times
     self.core += price.seconds * times
-    self.unestimated += price.seconds * times * (not price.estimated)
     self.found += [(c, times) for c in own]
     if price.seconds:
       self.sources[_source(i.op_name)] = (

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -73,7 +74,8 @@ def parse_slice(text: str, count: int = 1) -> Slice:
   return Slice(generation, tuple(int(n) for n in shape.split("x")), count)
 
 
-def describe(chosen: Slice) -> list[Any]:
+@functools.cache
+def describe(chosen: Slice) -> tuple[Any, ...]:
   """The devices of a slice, for `make_mesh`; they compile, and do not run.
 
   Raises ConfigError if the TPU compiler is not installed, or does not know the slice.
@@ -90,7 +92,7 @@ def describe(chosen: Slice) -> list[Any]:
   if math.prod(chosen.shape) == 1:
     kwargs["chips_per_host_bounds"] = (1, 1, 1)
   try:
-    return list(topologies.get_topology_desc(
+    return tuple(topologies.get_topology_desc(
         platform="tpu", topology_name=chosen.topology, **kwargs).devices)
   except Exception as error:
     said = str(error).strip().splitlines()[0]

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from mgjax.config import ConfigError
-from mgjax.models import remat as policies
 from mgjax.tpu.aot import DoesNotFit, requests, sketch
 from mgjax.tpu.report import Report, report
 from mgjax.tpu.slices import Slice, describe
@@ -69,7 +68,7 @@ def candidates(config: RunConfig, chosen: Slice) -> Iterator[list[Candidate]]:
                        for f in dataclasses.fields(mesh))
       yield [Candidate(dataclasses.replace(rows, mesh=mesh, remat=dataclasses.replace(
           rows.remat, decoder=policy)), f"{flags}{more} --config.remat.decoder={policy}")
-             for policy in POLICIES if policy in policies.DECODER]
+             for policy in POLICIES]
 
 
 def meshes(config: RunConfig, chosen: Slice) -> list[MeshConfig]:

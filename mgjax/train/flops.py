@@ -16,6 +16,7 @@ that trains 4N.  What trains is read off the optimizer's table, by the weights a
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.data.packing import Format
@@ -87,6 +88,12 @@ def model_flops(config: RunConfig, work: Work) -> FlopsReport:
   backward = lambda p: p.flops * (trains(p.path) + sum(reached.get(i, False) for i in p.inputs))
   return FlopsReport({n: sum(p.flops for p in part.products) for n, part in parts.items()},
                      {n: sum(map(backward, part.products)) for n, part in parts.items()})
+
+
+@functools.lru_cache
+def batch_flops(config: RunConfig, shape: Format) -> float:
+  """Operations of a step on all that a batch of this format has room for, over all devices."""
+  return model_flops(config, whole_batch(shape, config.model.decoder.sliding_window)).total
 
 
 @dataclasses.dataclass(frozen=True)

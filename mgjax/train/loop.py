@@ -31,7 +31,7 @@ from mgjax.sharding import batch_sharding, check_heads, mesh_context
 from mgjax.train import metrics as metrics_lib
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
 from mgjax.train.config import RunConfig
-from mgjax.train.flops import Work, model_flops, whole_batch
+from mgjax.train.flops import Work, batch_flops, model_flops
 from mgjax.train.hosts import STARTING, Watch, stop_notice, watched, word
 from mgjax.train.optimizer import make_optimizer
 from mgjax.train.prefetch import Prefetcher
@@ -244,7 +244,7 @@ def usage(batch: dict[str, np.ndarray], shape: Format, config: RunConfig) -> met
       tokens=useful.positions, positions=shape.rows * shape.length,
       images=useful.images, slots=shape.rows * shape.slots,
       samples=hosts * int((batch["sample_index"] >= 0).sum()),
-      flops=model_flops(config, whole_batch(shape, window)).total,
+      flops=batch_flops(config, shape),
       useful_flops=model_flops(config, useful).total)
 
 

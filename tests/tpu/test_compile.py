@@ -24,17 +24,8 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                     reason="no TPU compiler: pip install -e '.[tpu]'")
 
 
-@pytest.fixture
-def no_cache():
-  """Programs for other machines cannot be kept."""
-  before = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield
-  jax.config.update("jax_enable_compilation_cache", before)
-
-
 @needs_compiler
-def test_a_scan_of_gathered_weights(no_cache):
+def test_a_scan_of_gathered_weights():
   """Operations, collectives and their bytes of four layers over 4 chips, counted by hand."""
   chosen, (rows, d, f, layers) = slices.parse_slice("v5e:2x2"), (1024, 1024, 4096, 4)
   mesh, chip = make_mesh((1, 4, 1, 1), slices.describe(chosen)), slices.chip(chosen)
