@@ -4,9 +4,10 @@
     python benchmarks/anchors.py --sketch       # schedules alone: a minute
 
 Text-only steps of the same shapes as the published runs, compiled by our own code for the same
-slices.  The printed ratios are what mgjax/tpu/calibration.py takes its factor from.
+slices.  The printed ratios are what mgjax/tpu/calibration.py takes its factors from.
 """
 import argparse
+import collections
 import dataclasses
 import os
 import sys
@@ -24,6 +25,11 @@ from mgjax.train.config import MeshConfig, RunConfig  # noqa: E402
 from mgjax.train.optimizer import OptimizerConfig, Row  # noqa: E402
 
 LLAMA2_70B = DecoderConfig(width=8192, depth=80, heads=64, kv_heads=8, mlp_width=28672)
+LLAMA31_70B = dataclasses.replace(LLAMA2_70B, vocab_size=128256, rope_theta=500000.0)
+# What MaxText's global_parameter_scale of 16, 32 and 64 comes to.
+SCALE_16 = DecoderConfig(width=4096, depth=32, heads=64, kv_heads=64, head_dim=128, mlp_width=28672)
+SCALE_32 = dataclasses.replace(SCALE_16, width=8192)
+SCALE_64 = dataclasses.replace(SCALE_32, depth=64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +46,33 @@ class Anchor:
   measured: float
 
 
+def _tokens(c: DecoderConfig, tflops: float) -> float:
+  """Tokens/s of a published rate at length 2048: MaxText counted attention's whole square."""
+  layer = 2 * c.width * (c.heads + c.kv_heads) * c.head_dim + 3 * c.width * c.mlp_width
+  a_token = 6 * (c.depth * layer + c.vocab_size * c.width) \
+      + 12 * c.depth * 2048 * c.heads * c.head_dim
+  return tflops * 1e12 / a_token
+
+
 ANCHORS = (
     Anchor("Llama-3.1-8B", "MaxText tiering.md, v6e-256", find("mgm-8b").model.decoder, "v6e-256",
            4, 8192, "offload", 7207),
+    Anchor("Llama-3.1-70B", "MaxText tiering.md, v6e-256", LLAMA31_70B, "v6e-256", 2, 8192,
+           "offload", 960),
     Anchor("Mixtral-8x7B", "MaxText tiering.md, 8x4x4 v5p", find("mgm-8x7b").model.decoder,
            "v5p-256", 36, 4096, "nothing_saveable", 2909),
     Anchor("Llama-2-70B", "MaxText tiering.md, v5p", LLAMA2_70B, "v5p-512", 4, 4096,
            "save_qkv_attention", 692),
+    Anchor("MaxText 32B v5p", "MaxText configs/tpu/v5p, 328 TFLOP/s", SCALE_32, "v5p-128", 6, 2048,
+           "save_products", _tokens(SCALE_32, 328)),
+    Anchor("MaxText 64B v5p", "MaxText configs/tpu/v5p, 323 TFLOP/s", SCALE_64, "v5p-128", 3, 2048,
+           "save_mlp", _tokens(SCALE_64, 323)),
+    Anchor("MaxText 16B v5e", "MaxText configs/tpu/v5e, 120 TFLOP/s", SCALE_16, "v5e-256", 6, 2048,
+           "nothing_saveable", _tokens(SCALE_16, 120)),
+    Anchor("MaxText 32B v5e", "MaxText configs/tpu/v5e, 132 TFLOP/s", SCALE_32, "v5e-256", 4, 2048,
+           "nothing_saveable", _tokens(SCALE_32, 132)),
+    Anchor("MaxText 64B v5e", "MaxText configs/tpu/v5e, 118 TFLOP/s", SCALE_64, "v5e-256", 2, 2048,
+           "nothing_saveable", _tokens(SCALE_64, 118)),
     Anchor("PaliGemma-3B", "arXiv 2407.07726, v5e-256", find("mgm-2b").model.decoder, "v5e-256",
            16, 512, "nothing_saveable", 5189),
 )
@@ -67,7 +93,7 @@ def main() -> int:
   parser.add_argument("--only", default="", help="part of a name")
   parser.add_argument("--sketch", action="store_true", help="schedules alone: a minute")
   args = parser.parse_args()
-  ratios = []
+  ratios = collections.defaultdict(list)
   for anchor in ANCHORS:
     if args.only.lower() not in anchor.name.lower():
       continue
@@ -76,11 +102,12 @@ def main() -> int:
     made = account.of_config(config, "train", chosen, sketched=args.sketch)[0]
     print(made.as_text(), flush=True)
     estimated = anchor.rows * anchor.length / made.expected
-    ratios.append(estimated / anchor.measured)
+    ratio = estimated / anchor.measured
+    ratios[chosen.generation].append(ratio)
     print(f"\n== {anchor.name} ({anchor.source}), {chosen.name}: estimate {estimated:,.0f} "
-          f"tokens/s/chip, published {anchor.measured:,.0f}, ratio {ratios[-1]:.2f}\n", flush=True)
-  if ratios:
-    print(f"geometric mean of the ratios {np.exp(np.mean(np.log(ratios))):.3f}")
+          f"tokens/s/chip, published {anchor.measured:,.0f}, ratio {ratio:.2f}\n", flush=True)
+  for generation, of in ratios.items():
+    print(f"{generation}: geometric mean of {len(of)} ratios {np.exp(np.mean(np.log(of))):.3f}")
   return 0 if ratios else 1
 
 

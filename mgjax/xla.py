@@ -16,7 +16,12 @@ _OPTIONS = {
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "true",
         "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
         "xla_enable_async_all_gather": "true",
+        # Over a whole v5p slice gathers would be sums of what is zero elsewhere: twice the bytes.
+        "xla_tpu_prefer_async_allgather_to_allreduce": "true",
         "xla_enable_async_reduce_scatter_fusion": "true",
+        # Gradients are scattered, not summed everywhere and cut, for more of their layouts.
+        "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
+        "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
         "xla_tpu_overlap_compute_collective_tc": "true",
         "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": "true",
     },

@@ -13,6 +13,8 @@ from mgjax.models.grouped import grouped_dot
 from mgjax.models.layers import Dense
 from mgjax.sharding import fitting_spec, spec
 
+EVEN_SHARES = 2
+
 
 class Experts(nnx.Module):
   """Each token goes to its k best experts; what these say is added up by their weights.
@@ -21,7 +23,9 @@ class Experts(nnx.Module):
 
   No expert is ever full: tokens are sorted by expert and multiplied group by group (`grouped_dot`),
   so that none is dropped and nothing is computed twice.  Over the mesh axis `expert` every device
-  computes its own experts for the rows of all, and gets the sum of what all say of its rows.
+  computes its own experts for the rows of all, and gets the sum of what all say of its rows.  There
+  is room for EVEN_SHARES times the rows that are a device's own if all experts are chosen as often;
+  what is more is computed in a second pass, left out where there is nothing more.
   """
 
   def __init__(self, config: DecoderConfig, activation: Callable, *, dtype, rngs: nnx.Rngs):
@@ -44,7 +48,7 @@ class Experts(nnx.Module):
     axes = ("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
     stored = [fitting_spec(w.shape, *names) for w, names in zip(kernels, axes)]
 
-    def whole(w, layout, names):  # but for its experts and its tensor part; its gradient goes back
+    def whole(w, layout, names):  # but for its experts and its tensor part
       axis = names.index("embed")
       return jax.lax.all_gather(w, layout[axis], axis=axis, tiled=True) if layout[axis] else w
 
@@ -53,21 +57,33 @@ class Experts(nnx.Module):
       # The rows of all who share the experts come to each, rather than the experts to the rows.
       x, weights, chosen = (jax.lax.all_gather(a, "expert", tiled=True)
                             for a in (x, weights, chosen))
-      own, k = gate.shape[0], chosen.shape[-1]
+      own, k, ways = gate.shape[0], chosen.shape[-1], jax.lax.axis_size("expert")
       expert = chosen.reshape(-1) - jax.lax.axis_index("expert") * own          # [N*k]
-      mine = (expert >= 0) & (expert < own)
-      group = jnp.where(mine, expert, own)                                      # others last
+      group = jnp.where((expert >= 0) & (expert < own), expert, own)            # others last
       order = jnp.argsort(group, stable=True)
-      counts = jnp.sum(group[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32)
-      # Rows of others are zero, and so is all that comes of them, forward and backward.
-      own_rows = lambda a: jnp.where(mine[order][:, None], a, 0)
-      rows = own_rows(x.reshape(-1, d)[order // k])
-      dot = lambda a, w: grouped_dot(a, w, counts)
-      gate, up = checkpoint_name((dot(rows, gate), dot(rows, up)), "mlp")       # [N*k, F]
-      y = dot(own_rows(self.activation(gate) * up), down)                       # [N*k, D]
-      y = y[jnp.argsort(order)].reshape(-1, k, d)  # back to the order of the tokens
-      share = jnp.where(mine.reshape(-1, k), weights.reshape(-1, k), 0)[..., None]
-      y = jnp.sum(jnp.where(share > 0, y * share.astype(y.dtype), 0), axis=1)
+      place = jnp.argsort(order).reshape(-1, k)                                 # [N, k]
+      ends = jnp.cumsum(jnp.sum(group[:, None] == jnp.arange(own), axis=0, dtype=jnp.int32))
+      tokens, share = x.reshape(-1, d), weights.reshape(-1).astype(x.dtype)
+
+      def say(start, stop, kept=lambda both: checkpoint_name(both, "mlp")):
+        """What the experts say in [start, stop) of the sorted rows, by token: [N, D]."""
+        at = jnp.clip(ends, start, stop)
+        counts = jnp.diff(at, prepend=start)
+        live = (jnp.arange(start, stop) < at[-1])[:, None]
+        pair = order[start:stop]
+        rows = _spread(tokens, pair // k, live, place - start)                  # [R, D]
+        dot = lambda a, w: grouped_dot(a, w, counts)
+        both = kept((dot(rows, gate), dot(rows, up)))                           # [R, F]
+        # Weighed here, and not what comes out, so that the backward pass needs no `down` again.
+        y = self.activation(both[0]) * both[1] * share[pair][:, None]
+        return _collect(dot(jnp.where(live, y, 0), down), pair // k, live, place - start)
+
+      n = order.shape[0]
+      first = min(n, -(-EVEN_SHARES * n // ways // 512) * 512)  # rows by which kernels count
+      y = say(0, first)
+      if first < n:
+        rest = jax.checkpoint(lambda: say(first, n, kept=lambda both: both))
+        y += jax.lax.cond(ends[-1] > first, rest, lambda: jnp.zeros_like(y))
       y = jax.lax.psum(y, "tensor").reshape(x.shape)
       return jax.lax.psum_scatter(y, "expert", tiled=True)
 
@@ -75,6 +91,29 @@ class Experts(nnx.Module):
     sharded = jax.shard_map(local, in_specs=(batch, batch, batch, *stored), out_specs=batch,
                             check_vma=False)
     return sharded(x, weights, chosen, *kernels), scores
+
+
+# Rows of tokens [N, D] -> rows sorted by expert [R, D] and back, each the gradient of the other.
+# Both read by index: a TPU adds rows into rows slowly.  token [R]: whose row it is; live [R, 1]:
+# whether it is anyone's; place [N, k]: where the rows of a token are, outside of [0, R) if nowhere.
+
+
+@jax.custom_vjp
+def _spread(x, token, live, place):
+  return jnp.where(live, x[token], 0)
+
+
+@jax.custom_vjp
+def _collect(rows, token, live, place):
+  there = (place >= 0) & (place < jnp.sum(live))
+  of = jnp.where(there[..., None], rows[jnp.where(there, place, 0)], 0)          # [N, k, D]
+  return jnp.sum(of, axis=1)
+
+
+_spread.defvjp(lambda x, *where: (_spread(x, *where), where),
+               lambda where, g: (_collect(g, *where), None, None, None))
+_collect.defvjp(lambda rows, *where: (_collect(rows, *where), where),
+                lambda where, g: (_spread(g, *where), None, None, None))
 
 
 def balance_loss(scores: jax.Array, real: jax.Array, k: int) -> jax.Array:

@@ -151,8 +151,8 @@ def compile_whole(program: Program, lowered: jax.stages.Lowered, mesh: Mesh) -> 
   except jax.errors.JaxRuntimeError as error:
     raise _explained(program, error) from error
   stats = compiled.memory_analysis()
-  # What is donated comes back in the same place.
-  made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+  # Not what the sum of temporaries is, of which not all are there at one time.
+  made = max(0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes)
   return Compiled(compiled.as_text(), stats.argument_size_in_bytes, made,
                   stats.generated_code_size_in_bytes, time.perf_counter() - started, True)
 

@@ -23,8 +23,9 @@ _GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective",
                "GatherScatterIndicesBitpacked", "Sharding", "SPMD", "annotate_device_placement",
                "MoveToHost", "MoveToDevice", "PinToDevice")
-# What carries no estimate of the compiler's: these parts of the peak rate are assumed.  Depthwise
-# convolutions are not for the matrix unit: 0.4 % is what the compiler's cycles come to on a v5e.
+# Parts of the peak rate that products are assumed to reach: plain ones carry no estimate of the
+# compiler's, and that of fusions with products misses measured steps by a third (docs/tpu.md).
+# Depthwise convolutions are not for the matrix unit: 0.4 % is what cycles come to on a v5e.
 ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.004
 
 
@@ -33,12 +34,13 @@ class Cost:
   """Of one run of an instruction: operations of matrix products (those of Pallas kernels among
   them), bytes of HBM, seconds of the core.
 
-  estimated: whether the seconds come from the compiler's model."""
+  compiler: seconds by the compiler's own model, if it has one for the instruction; taken for what
+  has no products of matrices, or only depthwise convolutions."""
 
   flops: float = 0
   bytes: float = 0
   seconds: float = 0
-  estimated: bool = False
+  compiler: float | None = None
   kernel_flops: float = 0
 
 
@@ -58,11 +60,11 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
   kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
-  if i.cycles is not None:
-    seconds = max(i.cycles / chip.clock, flops / chip.peak)
-    return Cost(flops, moved, seconds, True, kernel_flops)
+  compiler = None if i.cycles is None else i.cycles / chip.clock
+  if compiler is not None and flops == by_rate[DEPTHWISE_RATE]:
+    return Cost(flops, moved, max(compiler, flops / chip.peak), compiler, kernel_flops)
   at_rates = sum(n / rate for rate, n in by_rate.items()) / chip.peak
-  return Cost(flops, moved, max(at_rates, moved / chip.hbm_bandwidth), False, kernel_flops)
+  return Cost(flops, moved, max(at_rates, moved / chip.hbm_bandwidth), compiler, kernel_flops)
 
 
 def is_kernel(i: Instruction) -> bool:

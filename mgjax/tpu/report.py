@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mgjax.chips import Chip
+from mgjax.models.moe import EVEN_SHARES
 from mgjax.tpu import hlo, links
 from mgjax.tpu.aot import Compiled, Program
 from mgjax.tpu.calibration import SKETCH, WHOLE
@@ -53,6 +54,7 @@ class Report:
   collectives: tuple[dict[str, Any], ...]
   products: float
   core: float
+  compiler: float             # the compiler's estimated cycles, of the fusions that have them
   memory_time: float
   links: float
   exposed: float
@@ -85,17 +87,17 @@ class Report:
 def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> Report:
   """The account of a compiled program."""
   chip, chips = chip_of_slice(chosen), chosen.chips
-  # Tokens spread evenly over experts are assumed.
+  # Tokens spread evenly over experts are assumed: then so much of the room for rows is filled.
   guess = estimate(hlo.parse(compiled.text), chip, links.Network(mesh, chosen, chip),
-                   1 / mesh.shape["expert"])
-  factor = WHOLE if compiled.whole else SKETCH
-  needed, step = program.model_flops / chips, guess.expected * factor
+                   1 / min(mesh.shape["expert"], EVEN_SHARES))
+  factor = (WHOLE if compiled.whole else SKETCH)[chosen.generation]
+  needed, step = program.model_flops / chips, max(guess.expected * factor, guess.bound)
   return Report(
       program.what, chosen.name, chips, {a: n for a, n in program.mesh.items() if n > 1},
       compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
       guess.flops, guess.kernel_flops, guess.hbm_bytes, _collectives(guess), guess.products,
-      guess.core, guess.memory, guess.links, guess.exposed, guess.by_source, guess.bound,
-      guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound,
+      guess.core, guess.compiler, guess.memory, guess.links, guess.exposed, guess.by_source,
+      guess.bound, guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound,
       needed / chip.peak / step,
       program.positions / chips / step, program.images / chips / step,
       program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600)
@@ -143,6 +145,8 @@ def _text(r: Report) -> str:
       f"estimates       core {ms(r.core)} ("
       + ", ".join(f"{k} {ms(v)}" for k, v in sorted(r.by_source.items(), key=lambda kv: -kv[1]))
       + f"), links that it waits for {ms(r.exposed)}",
+      *([f"                the compiler's cycles: {ms(r.compiler)}, on fusions only"]
+        if r.compiler else []),
       f"estimated step  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "
       f"MFU {r.mfu:.1%}, {r.tokens_per_s_per_chip:,.0f} positions/s/chip, "
       f"{r.images_per_s_per_chip:.2f} images/s/chip",

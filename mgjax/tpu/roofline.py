@@ -13,6 +13,7 @@ NOT_COUNTED = (
     "what the host does between steps, and input that comes too late",
     "latency of collectives and of starting kernels; congestion of links and of the network",
     "that collectives and products share HBM",
+    "the longer branch of a condition: rows beyond twice an even share of the experts",
     "shape-dependent speed of Pallas kernels (a fixed share of the peak is assumed)",
 )
 
@@ -21,14 +22,15 @@ NOT_COUNTED = (
 class Estimate:
   """Of one run of a program on every chip.  `products`, `memory`, `links` are seconds at the full
   rates of the chip: for the operations as compiled, the bytes of HBM, those of the collectives.
-  `core` is an estimate: the compiler's own model of each operation where it has one, else a share
-  of the peak rate, and never less than the peak rate allows."""
+  `core` is an estimate: a share of the peak rate for products, the compiler's own model for other
+  operations where it has one, and never less than the peak rate and the memory allow."""
 
   flops: float                     # as compiled: what is computed twice counts twice
   kernel_flops: float              # those of Pallas kernels among them
   hbm_bytes: float
   products: float
   core: float
+  compiler: float                  # the compiler's own estimates, of the fusions that have one
   memory: float
   links: float
   exposed: float                   # part of `links` in which the core waits
@@ -57,7 +59,7 @@ def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1) 
   expected = walk.region(module.entry, 1)
   links = sum(c.seconds * times for c, times in walk.found)
   result = Estimate(
-      walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core,
+      walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core, walk.compiler,
       walk.bytes / chip.hbm_bandwidth, links,
       sum(c.seconds * times for c, times in walk.found if not c.hidden), expected, walk.sources,
       tuple(walk.found))
@@ -73,7 +75,7 @@ class _Walk:
   def __init__(self, module: Module, chip: Chip, network: Network, own_rows: float):
     self._module, self._chip, self._network = module, chip, network
     self._own_rows = own_rows
-    self.flops = self.kernel_flops = self.bytes = self.core = 0.0
+    self.flops = self.kernel_flops = self.bytes = self.core = self.compiler = 0.0
     self.sources: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
 
@@ -87,7 +89,7 @@ class _Walk:
         price = Cost()  # the links' time, not the core's
       else:
         price = cost(self._module, computation, i, self._chip, self._own_rows)
-        if own and not price.estimated:
+        if own and price.compiler is None:
           price = dataclasses.replace(price, seconds=0.0)
       self._add(i, price, own, times)
       core, moved = core + price.seconds, moved + price.bytes
@@ -96,15 +98,23 @@ class _Walk:
       if i.opcode == "while":
         trips = self._module.trip_count(i)
         inner += trips * self.region(i.attribute("body").lstrip("%"), times * trips)
-      elif i.opcode in ("call", "async-start", "conditional"):
+      elif i.opcode in ("call", "async-start"):
         inner += self.region(i.called()[-1], times)
+      elif i.opcode == "conditional":
+        inner += self.region(min(i.called(), key=self._alone), times)
     return max(core + exposed, hidden + exposed, moved / self._chip.hbm_bandwidth) + inner
+
+  def _alone(self, computation: str) -> float:
+    """Seconds of a computation, without counting it."""
+    walk = _Walk(self._module, self._chip, self._network, self._own_rows)
+    return walk.region(computation, 1)
 
   def _add(self, i, price, own, times):
     self.flops += price.flops * times
     self.kernel_flops += price.kernel_flops * times
     self.bytes += price.bytes * times
     self.core += price.seconds * times
+    self.compiler += (price.compiler or 0.0) * times
     self.found += [(c, times) for c in own]
     if price.seconds:
       self.sources[_source(i.op_name)] = (
