@@ -51,17 +51,14 @@ def load(stage: int, preset: str, changes: dict) -> RunConfig:
 
 def smallest(stage: int, preset: str, generation: str) -> dict:
   """The row of a preset on a generation."""
-  sketched = lambda changes: _fitting(load(stage, preset, changes), chosen)
+  sketched = lambda changes: _fitting(stage, preset, changes, chosen)
   for number in slices.SLICES[generation]:
     chosen = slices.parse_slice(f"{generation}-{number}")
     for changes in ({}, {"accumulate": 2}, {"accumulate": 4}):
-      try:
-        config = load(stage, preset, changes)
-        if not _state_fits(config, chosen):
-          break  # the next slice
-        if (best := sketched(changes)) is None:
-          continue
-      except ConfigError:
+      config = load(stage, preset, changes)
+      if not _state_fits(config, chosen):
+        break  # the next slice
+      if (best := sketched(changes)) is None:
         continue
       for policy in ("save_products", "save_qkv_attention", "save_attention"):
         if (made := sketched(changes | {"remat.decoder": policy})) is not None:
@@ -81,9 +78,12 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
   return {"stage": stage, "preset": preset, "generation": generation, "fits": False}
 
 
-def _fitting(config, chosen) -> Report | None:
-  """The sketch of a config on a slice, if it fits."""
-  made = account.of_config(config, "train", chosen, sketched=True)[0]
+def _fitting(stage, preset, changes, chosen) -> Report | None:
+  """The sketch of a config on a slice, if its rows divide among the chips and it fits."""
+  try:
+    made = account.of_config(load(stage, preset, changes), "train", chosen, sketched=True)[0]
+  except ConfigError:
+    return None
   return made if made.fits else None
 
 

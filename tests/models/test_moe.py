@@ -1,4 +1,10 @@
 """The mixture of experts against every expert computed for every token."""
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mgjax.config import DecoderConfig
-from mgjax.models.moe import Experts, balance_loss
+from mgjax.models.moe import EVEN_SHARES, Experts, balance_loss
 from mgjax.sharding import make_mesh, mesh_context
 
 CONFIG = DecoderConfig(width=32, mlp_width=48, experts=4, experts_per_token=2)
@@ -39,6 +45,33 @@ def test_values_and_gradients_are_those_of_the_dense_form(lopsided):
       grads = jax.jit(jax.grad(loss(ragged)))(module, x)
       assert np.abs(np.asarray(grads.gate[...][2:])).max() == 0
       assert np.abs(np.asarray(grads.gate[...][:2])).max() > 0
+
+
+def on_four_devices():
+  """Lopsided: all rows go to the two experts of one device, twice as many as it has room for."""
+  with jax.default_matmul_precision("highest"), mesh_context(make_mesh({"expert": 4})):
+    config = dataclasses.replace(CONFIG, experts=8)
+    module = Experts(config, jax.nn.silu, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (8, 64, 32)).at[..., 0].set(1)
+    for lopsided in (False, True):
+      if lopsided:
+        module.router.kernel[...] = module.router.kernel[...].at[0, :2].set(9)
+      chosen = jax.lax.top_k(module.router(x), 2)[1].reshape(-1)
+      most = int(jnp.max(jnp.bincount(chosen // 2)))  # rows of a device
+      assert (most > EVEN_SHARES * chosen.size // 4) == lopsided
+      loss = lambda form: lambda m, x: jnp.sum(jnp.sin(form(m, x)))
+      ours, theirs = (jax.jit(jax.value_and_grad(loss(f), (0, 1)))(module, x)
+                      for f in (lambda m, x: m(x)[0], dense))
+      for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_four_devices_give_the_same():
+  here = pathlib.Path(__file__)
+  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+                      "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
+  subprocess.run([sys.executable, "-c", "import test_moe; test_moe.on_four_devices()"],
+                 env=env, check=True)
 
 
 def test_balance_loss_counts_real_tokens_of_all_layers():
