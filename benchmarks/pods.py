@@ -3,8 +3,9 @@
     python benchmarks/pods.py           # sketches: two hours on 2 cores; goes on where it stopped
     python benchmarks/pods.py --table   # print what stands in docs/pods.jsonl
 
-A row is found by trying slices from the smallest on, then fewer rows at a time; what fits is made
-faster by less remat, by experts over chips, and by data parallelism over two groups of chips.
+A row is found by trying slices from the smallest on; on the first that anything of TRIED fits, the
+first of it that does is made faster by experts over chips, and by data parallelism over two groups
+of chips.
 """
 import argparse
 import importlib.util
@@ -20,6 +21,7 @@ import jax  # noqa: E402
 
 from mgjax.checkpoint import abstract_params  # noqa: E402
 from mgjax.config import ConfigError  # noqa: E402
+from mgjax.models.remat import SAVED
 from mgjax.presets import PRESETS  # noqa: E402
 from mgjax.sharding import make_mesh, mesh_context  # noqa: E402
 from mgjax.tpu import account, slices  # noqa: E402
@@ -30,6 +32,9 @@ from mgjax.train.state import model_builder  # noqa: E402
 
 _REPO = Path(__file__).resolve().parents[1]
 GENERATIONS = ("v5e", "v5p", "v6e")
+TRIED = tuple({"accumulate": n, "remat.decoder": policy} for n, policy in (
+    (1, "save_products"), (1, "save_qkv_attention"), (1, "nothing_saveable"), (2, "save_products"),
+    (2, "nothing_saveable"), (4, "nothing_saveable")))
 
 
 def configs() -> list[tuple[int, str]]:
@@ -54,19 +59,18 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
   sketched = lambda changes: _fitting(stage, preset, changes, chosen)
   for number in slices.SLICES[generation]:
     chosen = slices.parse_slice(f"{generation}-{number}")
-    for changes in ({}, {"accumulate": 2}, {"accumulate": 4}):
-      config = load(stage, preset, changes)
-      if not _state_fits(config, chosen):
-        break  # the next slice
+    if not _state_fits(load(stage, preset, {}), chosen):
+      continue
+    if (lean := sketched(TRIED[-1])) is None:
+      continue
+    for changes in TRIED:
+      kept = _kept(load(stage, preset, changes)) / chosen.chips
+      if lean.memory.peak + kept > lean.memory.available:
+        continue  # saves a sketch
       if (best := sketched(changes)) is None:
         continue
-      for policy in ("save_products", "save_qkv_attention", "save_attention"):
-        if (made := sketched(changes | {"remat.decoder": policy})) is not None:
-          if made.step < best.step:
-            best, changes = made, changes | {"remat.decoder": policy}
-          break
       axes = [("mesh.data", (2,))]
-      if config.model.decoder.experts:
+      if PRESETS[preset].model.decoder.experts:
         axes.insert(0, ("mesh.expert", (8, 4)))
       for axis, sizes in axes:
         for size in sizes:
@@ -95,6 +99,16 @@ def _state_fits(config, chosen) -> bool:
   count = lambda tree: sum(math.prod(s.shape) for s in jax.tree.leaves(tree))
   trained, frozen = map(count, split_frozen(shapes, config.optimizer.table))
   return 14 * trained + 2 * frozen < 0.9 * chosen.chips * slices.chip(chosen).hbm
+
+
+def _kept(config) -> float:
+  """Bytes that the decoder keeps for the backward pass, of one micro-batch on all chips."""
+  c = config.model.decoder
+  heads, mlp = c.heads * c.head_dim, c.mlp_width * max(1, c.experts_per_token * (c.experts > 0))
+  of = {"qkv": 2 * (heads + 2 * c.kv_heads * c.head_dim), "attention": 2 * heads,
+        "residual": 2 * c.width, "mlp": 4 * mlp}
+  a_token = sum(of[name] for name in SAVED.get(config.remat.decoder, ()))
+  return a_token * c.depth * config.data.batch_size * config.data.row_length / config.accumulate
 
 
 def _row(stage, preset, made: Report, changes) -> dict:

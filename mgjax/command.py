@@ -26,4 +26,6 @@ def last_line(e: Exception) -> str:
   if text[:1] == text[-1:] == "'":  # a KeyError quotes its message
     text = text[1:-1].replace("\\n", "\n")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if bare := re.fullmatch(r"['\"]*(\w+)['\"]*", lines[-1]):
+    return f"the config has no key {bare[1]!r} (its keys stand in the file that --config names)"
   return re.sub(r"^[a-zA-Z_.]*Error: ", "", lines[-1])

@@ -1,6 +1,7 @@
 """Programs for the devices of a slice: lowered, and compiled ahead of time."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -210,10 +211,9 @@ def _sketch(config, request, chosen, folder, pipe):
     pipe.send(program)
     lowered.compile(compiler_options(mesh) | {
         "xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_as_long_text": True})
-  except jax.errors.JaxRuntimeError as error:
-    pipe.send(_explained(program, error))
-  except ConfigError as error:
-    pipe.send(error)
+  except (ConfigError, jax.errors.JaxRuntimeError) as error:
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for the end of it any more
+      pipe.send(error if isinstance(error, ConfigError) else _explained(program, error))
 
 
 def _received(pipe):
