@@ -222,12 +222,13 @@ def generation(case: Case, model) -> Iterator[Finding]:
     return
   longest = max(len(p) for prompts in rows.values() for p in prompts) + max(
       len(ids) for want in wanted.values() for ids in want)
-  engine = Engine(model, mesh=mesh, max_length=longest, buckets=())
+  engine = Engine(model, mesh=mesh, max_length=longest, rows=max(map(len, rows.values())),
+                  buckets=())
   for name, prompts in rows.items():
     stop = [i for i in (scenarios[name].get("eos_token_id"),) if i is not None]
     sampling = Sampling(max_new_tokens=max(map(len, wanted[name])), stop_ids=tuple(stop))
     single = [list(engine.generate(p, sampling)) for p in prompts]
-    together = engine.generate_batch(prompts, sampling, rows=len(prompts))
+    together = engine.generate_batch(prompts, sampling)
     for how, got in (("", single), (", batched", together))[:1 + (len(prompts) > 1)]:
       same = total = 0
       for ids, want in zip(got, wanted[name]):
@@ -245,16 +246,13 @@ def generation(case: Case, model) -> Iterator[Finding]:
 
 def _scores(engine: Engine, prompt, steps: int) -> np.ndarray:
   """Logits of `steps` greedy steps, [steps, V]."""
-  length = engine.bucket(len(prompt))
-  pad = lambda x, fill: np.pad(x, (0, length - len(prompt)), constant_values=fill)[None]
-  sampling = Sampling(max_new_tokens=steps)
-  step, cache = engine.prefill(
-      pad(prompt.tokens, 0), pad(prompt.visual_index, -1), [prompt.images],
-      engine.empty_cache(1, engine.max_length), slot=0, first=np.zeros(1), last=len(prompt) - 1,
-      sampling=sampling)
+  programs, n = engine.programs, len(prompt)
+  step, cache = programs.prefill(
+      prompt.tokens, prompt.visual_index, prompt.images, *programs.empty(), row=0, start=0,
+      last=n - 1, sampling=Sampling())
   logits = [step.logits[0]]
-  for _ in range(steps - 1):
-    step, cache = engine.decode(step, engine.settings(sampling), cache)
+  for i in range(steps - 1):
+    step, cache = programs.decode(step, np.full(programs.rows, n + i), cache)
     logits.append(step.logits[0])
   return np.stack(logits)
 

@@ -23,7 +23,7 @@ BLOCK = 128  # slots that attention reads at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """k, v: one array [B, K, S, h] a layer.  Rows are written in step, one slot a position."""
+  """k, v: one array [B, K, S, h] a layer.  A row holds one conversation, from its slot 0 on."""
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
@@ -75,44 +75,50 @@ def _layer_shape(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                               sharding=NamedSharding(mesh, P(*spec[1:])))
 
 
-def extend(decoder: Decoder, x: jax.Array, start: jax.Array, first: jax.Array,
-           cache: Cache) -> tuple[jax.Array, Cache]:
-  """Reads L more positions: a prompt, a new turn, or one token.
+def extend(decoder: Decoder, x: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array,
+                                                                                    Cache]:
+  """Reads L more positions of every row: a prompt, a new turn, or one token.
 
   Args:
     decoder: from `with_unstacked_blocks`.
     x: embeddings [B, L, D].
-    start: int scalar; x goes to the slots start .. start+L-1, which must exist.  A slot sees those
-      up to itself; what later slots hold does not matter, so padding may follow the real positions.
-    first: int [B]; where each row begins.  Slots before it are padding and never seen, and the
-      position of a slot is its number minus `first`.
+    start: int [B]; the x of a row goes to its slots start .. start+L-1, which must exist.  A slot
+      sees those of its row up to itself; what later slots hold does not matter, so padding may
+      follow the real positions.
     cache: what was read before.
 
   Returns: final hidden states [B, L, D] and the cache.
   """
-  positions = start + jnp.arange(x.shape[1]) - first[:, None]                   # [B, L]
-  positions = jnp.maximum(positions, 0)
-  write = lambda all_, new: _laid_out(jax.lax.dynamic_update_slice(
-      all_, new.swapaxes(1, 2).astype(all_.dtype), (0, 0, start, 0)))
+  positions = start[:, None] + jnp.arange(x.shape[1])                           # [B, L]
   x, window = decoder.enter(x), decoder.config.sliding_window
   ks, vs = [], []
   for block, k_all, v_all in zip(decoder.blocks, cache.k, cache.v):
     q, k, v = block.qkv(x, positions)
-    ks.append(write(k_all, k))
-    vs.append(write(v_all, v))
-    x, _ = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, first, window))
+    ks.append(_written(k_all, k, start))
+    vs.append(_written(v_all, v, start))
+    x, _ = block.finish(x, cached_attention(q, ks[-1], vs[-1], start, window))
   return decoder.norm(x), Cache(tuple(ks), tuple(vs))
 
 
+def _written(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+  """cached [B, K, S, h] with new [B, L, K, h] in the slots of each row from start [B] on."""
+  new = new.astype(cached.dtype)
+  if new.shape[1] == 1:
+    return _laid_out(cached.at[jnp.arange(len(start)), :, start].set(new[:, 0]))
+  write = lambda row, n, at: jax.lax.dynamic_update_slice(row, n, (0, at, 0))
+  return _laid_out(jax.vmap(write)(cached, new.swapaxes(1, 2), start))
+
+
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
-                     first: jax.Array, window: int | None = None) -> jax.Array:
+                     window: int | None = None) -> jax.Array:
   """Softmax attention over the filled part of a cache; logits and softmax in float32.
 
-  q [B, L, H, h] at the slots from `start` on; k, v [B, K, S, h] with S a multiple of BLOCK; `first`
-  [B] as in `extend`; window: how many slots a query sees, its own included.  Returns [B, L, H, h]
-  in the dtype of q.
+  q [B, L, H, h] at the slots of each row from start [B] on; k, v [B, K, S, h] with S a multiple of
+  BLOCK; window: how many slots a query sees, its own included.  Returns [B, L, H, h] in the dtype
+  of q.
 
-  Blocks of slots are read up to the last query, and each rescales what the earlier ones gave.  Time
+  Blocks of slots are read up to the last query of the longest row, and each rescales what the
+  earlier ones gave; for a row that ended before, a block changes nothing, to the last bit.  Time
   follows what was read, not S, and one program serves every length.
   """
   b, l, heads, h = q.shape
@@ -120,29 +126,29 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
   rows = lambda x: x.reshape(b, l, groups, n, h).transpose(0, 2, 1, 3, 4).reshape(
       b, groups, l * n, h)
   q_rows = rows(q * (h**-0.5))
-  q_slots = jnp.repeat(start + jnp.arange(l), n)                                # [L*n]
+  q_slots = start[:, None] + jnp.repeat(jnp.arange(l), n)                       # [B, L*n]
   lowest = jnp.finfo(jnp.float32).min
 
   def read(i, carry):
     peak, total, out = carry
     kb, vb = (jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, axis=2) for a in (k, v))
     slots = i * BLOCK + jnp.arange(BLOCK)
-    seen = (slots <= q_slots[:, None]) & (slots >= first[:, None, None])        # [B, L*n, BLOCK]
+    seen = slots <= q_slots[..., None]                                          # [B, L*n, BLOCK]
     if window is not None:
-      seen &= slots > q_slots[:, None] - window
+      seen &= slots > q_slots[..., None] - window
     logits = jnp.einsum("bkqh,bksh->bkqs", q_rows, kb.astype(q.dtype),
                         preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, None], logits, lowest)
     new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
-    # While nothing was seen, peak is `lowest` and the sums are rubbish; the first slot seen
-    # scales them by exp(lowest - peak) = 0.
+    # While nothing was seen (a window begins later), peak is `lowest` and the sums are rubbish;
+    # the first slot seen scales them by exp(lowest - peak) = 0.
     weights, keep = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
     got = jnp.einsum("bkqs,bksh->bkqh", weights.astype(q.dtype), vb.astype(q.dtype),
                      preferred_element_type=jnp.float32)
     return new_peak, total * keep + weights.sum(-1, keepdims=True), out * keep + got
 
   full = lambda width, value: jnp.full((b, groups, l * n, width), value, jnp.float32)
-  blocks = (start + l - 1) // BLOCK + 1
+  blocks = (jnp.max(start) + l - 1) // BLOCK + 1
   _, total, out = jax.lax.fori_loop(
       0, blocks, read, (full(1, lowest), full(1, 0.0), full(h, 0.0)))
   out = (out / total).astype(q.dtype).reshape(b, groups, l, n, h)

@@ -126,7 +126,6 @@ class Chat:
   def clear(self) -> None:
     """Forgets the turns and the pictures."""
     self._stop_answering()
-    self._session = self._engine.session()
     self._turns: list[Turn] = []
     self._images: tuple[jax.Array, ...] = ()
     self._waiting: tuple[jax.Array, ...] = ()
@@ -181,7 +180,7 @@ class Chat:
     if self._fit:
       longest = max(1, min(sampling.max_new_tokens, self._engine.room(prompt)))
       sampling = dataclasses.replace(sampling, max_new_tokens=longest)
-    self._answering = self._answer(self._session.generate(prompt, sampling), turns, images)
+    self._answering = self._answer(self._engine.generate(prompt, sampling), turns, images)
     return self._answering
 
   def _answer(self, ids: Generator[int], turns: list[Turn],

@@ -20,7 +20,7 @@ from mgjax.config import ConfigError
 from mgjax.data.mixtures import Fill, fill, of_data
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import batch_arrays
-from mgjax.infer.engine import Engine
+from mgjax.infer.programs import Programs
 from mgjax.sharding import batch_shards, check_heads, mesh_context
 from mgjax.tpu.slices import Slice, describe
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
@@ -132,12 +132,12 @@ def _generation(config, request, mesh):
     graphdef, shapes = abstract_params(model_builder(config), mesh)
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype, sharding=s.sharding), shapes)
-    engine = Engine(nnx.merge(graphdef, params), mesh=mesh, max_length=length)
+    programs = Programs(nnx.merge(graphdef, params), mesh, rows, length)
     if request.what == "prefill":
-      lowered, told = engine.lower_prefill(rows, length), f"{rows} prompts of {length}"
-      positions, pairs = rows * length, rows * pairs_seen(length)
+      lowered, told = programs.lower_prefill(length), f"a prompt of {length}, {rows} rows"
+      positions, pairs = length, pairs_seen(length)
     else:
-      lowered, told = engine.lower_decode(rows, length), f"{rows} rows, {length} slots"
+      lowered, told = programs.lower_decode(), f"{rows} rows, {length} slots"
       positions, pairs = rows, rows * length
   flops = model_flops(config, Work(positions, pairs, 0, config.model.hr_size))
   return Program(f"{request.what}, {told}", dict(mesh.shape), sum(flops.forward.values()),
