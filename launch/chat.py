@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pathlib
 import sys
 
 _HELP = ("/image FILE adds a picture to the next question, /drop takes it away again, "
@@ -47,25 +46,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def open_chat(args: argparse.Namespace):
   """The conversation that the arguments describe.  Raises ValueError, OSError or ImageError."""
-  from mgjax.checkpoint import STEPS
-  from mgjax.data.conversation import get_template
   from mgjax.data.images import check_header
-  from mgjax.infer.chat import load_chat
+  from mgjax.infer.assistant import load
   from mgjax.infer.sampling import Sampling
 
   sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                       max_new_tokens=256 if args.max_new_tokens is None else args.max_new_tokens,
                       seed=args.seed)
-  template = get_template(args.template) if args.template else None
   for path in args.image:  # before minutes of loading
     check_header(path)
-  checkpoint = pathlib.Path(args.checkpoint)
-  if args.step is not None:
-    checkpoint = checkpoint / STEPS / str(args.step)
   # Orbax warns that it leaves out the position in the training data: that is as it should be.
   logging.getLogger("absl").setLevel(logging.ERROR)
-  chat = load_chat(checkpoint, sampling=sampling, template=template, max_length=args.max_length,
-                   fit=args.max_new_tokens is None)
+  model = load(args.checkpoint, template=args.template, max_length=args.max_length, step=args.step)
+  chat = model.conversation(sampling, fit=args.max_new_tokens is None)
   for path in args.image:
     chat.attach(path)
   return chat

@@ -14,9 +14,9 @@ from mgjax.data.images import ImageError, load_image, resolve_image
 from mgjax.data.samples import DataError, Problem, Sample, prepare_turns
 from mgjax.data.tokenize import encode_prompt
 from mgjax.data.tokenizer import load_tokenizer
-from mgjax.infer.chat import end_ids, finished_text
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.text import end_ids, finished_text
 from mgjax.sharding import mesh_context
 
 

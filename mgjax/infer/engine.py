@@ -145,15 +145,23 @@ class Engine:
     """Prompts that no row is free for."""
     return len(self._waiting)
 
+  @property
+  def picture_sides(self) -> tuple[int, ...]:
+    """Sides of the pictures that can be seen: an HD model sees standard ones too."""
+    return tuple(sorted({self.config.hr_size // self.config.grid, self.config.hr_size}))
+
   def encode_images(self, pixels: np.ndarray) -> tuple[jax.Array, ...]:
-    """uint8 [N, H, H, 3] -> N arrays of visual tokens [T, D]; ValueError for another shape."""
+    """uint8 [N, H, H, 3], H one of `picture_sides`, -> N arrays of visual tokens [T, D].
+
+    ValueError for another shape.
+    """
     if self.config.vision is None:
       raise ValueError("this is a language model alone: it cannot see pictures")
-    side = self.config.hr_size
     pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (side, side, 3):
-      raise ValueError(f"images are {pixels.dtype} {pixels.shape}, expected uint8 "
-                       f"[N, {side}, {side}, 3]; `data.images.load_image` makes them")
+    if pixels.dtype != np.uint8 or pixels.shape[1:] not in [(s, s, 3) for s in self.picture_sides]:
+      expected = " or ".join(f"[N, {s}, {s}, 3]" for s in self.picture_sides)
+      raise ValueError(f"images are {pixels.dtype} {pixels.shape}, expected uint8 {expected}; "
+                       "`data.images.load_image` makes them")
     return self.programs.encode(pixels) if len(pixels) else ()
 
   # Answers.

@@ -68,8 +68,11 @@ class Programs:
     return nnx.merge(self._graphdef, self._treedef.unflatten(params))
 
   def _encode_program(self, params, pixels):
-    self.compiled[f"encode {len(pixels)}"] += 1
-    visual = self._model(params).encode_images(pixels)
+    n, side = pixels.shape[:2]
+    self.compiled[f"encode {n}, {side}"] += 1
+    model = self._model(params)
+    model.config = model.config.at(side)
+    visual = model.encode_images(pixels)
     return tuple(visual[i] for i in range(len(pixels)))
 
   def _prefill_program(self, params, tokens, visual_index, images, row, start, last, seed,
@@ -116,7 +119,7 @@ class Programs:
   # What the engine calls.  Where a cache is given it is used up.
 
   def encode(self, pixels: np.ndarray) -> tuple[jax.Array, ...]:
-    """uint8 [N, H, H, 3] -> N arrays of visual tokens [T, D]."""
+    """uint8 [N, H, H, 3] -> N arrays of visual tokens [T, D], as `ModelConfig.at(H)` has them."""
     n = len(pixels)
     padding = max(power_of_two(n), self.together) - n
     pixels = np.concatenate([pixels, np.zeros((padding, *pixels.shape[1:]), np.uint8)])

@@ -12,9 +12,10 @@ from mgjax.config import ClipVitConfig, DecoderConfig, ModelConfig
 from mgjax.data.conversation import GPT, HUMAN, Template, get_template
 from mgjax.data.images import ImageError
 from mgjax.data.tokenizer import load_tokenizer
-from mgjax.infer.chat import Chat, TextStream, end_ids
+from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.text import TextStream, end_ids
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -105,18 +106,24 @@ def photo(tmp_path):
   return save
 
 
+def assistant(engine, template="chatml_direct"):
+  return Assistant(engine, load_tokenizer(CASES / "small_yi"), get_template(template), aspect="pad")
+
+
 def make_chat(engine, template="chatml_direct", tokens=8, **sampling):
-  return Chat(engine, load_tokenizer(CASES / "small_yi"), get_template(template), aspect="pad",
-              sampling=Sampling(max_new_tokens=tokens, **sampling))
+  return assistant(engine, template).conversation(
+      Sampling(max_new_tokens=tokens, **sampling), fit=False)
 
 
-def test_a_conversation_keeps_pictures_and_reads_only_what_is_new(engine, photo):
+def test_a_conversation_keeps_pictures_and_reads_only_what_is_new(engine, photo, monkeypatch):
+  answers, submit = [], engine.submit
+  monkeypatch.setattr(engine, "submit", lambda *a: answers.append(submit(*a)) or answers[-1])
   chat = make_chat(engine)
   chat.attach(photo())
   first = "".join(chat.ask(" What is it? "))
   assert chat.turns == ((HUMAN, "<image>\nWhat is it?"), (GPT, first))
   second = "".join(chat.ask("Sure?"))
-  assert chat._session.reused > 4  # the picture and the first question at least
+  assert answers[-1].reused > 4  # the picture and the first question at least
   chat.attach(photo("b.png", (0, 0, 250)))
   "".join(chat.ask("And this?"))
   assert [t.count("<image>") for _, t in chat.turns] == [1, 0, 0, 0, 1, 0]
@@ -175,7 +182,7 @@ def test_a_failure_leaves_the_conversation_as_it_was(engine, photo, monkeypatch)
   with monkeypatch.context() as patch:
     def fail(*_, **__):
       raise RuntimeError("out of memory")
-    patch.setattr(engine, "prefill", fail)
+    patch.setattr(engine.programs, "prefill", fail)
     with pytest.raises(RuntimeError):
       list(chat.ask("What is it?"))
   assert chat.turns == before
@@ -184,10 +191,9 @@ def test_a_failure_leaves_the_conversation_as_it_was(engine, photo, monkeypatch)
 
 
 def test_an_answer_fits_itself_into_what_is_left(engine):
-  chat = Chat(engine, load_tokenizer(CASES / "small_yi"), get_template("chatml_direct"),
-              aspect="pad", sampling=Sampling(max_new_tokens=999), fit=True)
+  chat = assistant(engine).conversation(Sampling(max_new_tokens=999))
   "".join(chat.ask("Hello"))
-  assert chat.cut and chat._session.reused == 0
+  assert chat.cut
   with pytest.raises(ValueError, match="start a new conversation$"):
     chat.ask("More?")
 

@@ -295,7 +295,7 @@ def test_nothing_is_compiled_beyond_the_buckets(model, mesh):
     for given in ((), image):
       run(engine, *[(make_prompt(0, length, given), greedy(3))] * 2)
   assert sorted(engine.programs.compiled) == [
-      "copy", "decode", "encode 1", "prefill 16, 0 images", "prefill 16, 1 images",
+      "copy", "decode", "encode 1, 56", "prefill 16, 0 images", "prefill 16, 1 images",
       "prefill 64, 0 images", "prefill 64, 1 images"]
   with compilations() as compiled:
     image = engine.encode_images(pixels + 1)
