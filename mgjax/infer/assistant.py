@@ -24,8 +24,11 @@ from mgjax.data.conversation import (
 from mgjax.data.images import load_image
 from mgjax.data.tokenize import encode_prompt
 from mgjax.data.tokenizer import Tokenizer, load_tokenizer
+from mgjax.infer.cache import check_cache_dtype
 from mgjax.infer.chat import Chat
 from mgjax.infer.engine import Engine, Prompt
+from mgjax.infer.quantize import check_format
+from mgjax.infer.quantize import quantize as quantize_model
 from mgjax.infer.sampling import Sampling
 from mgjax.infer.text import end_ids, finished_text
 from mgjax.sharding import make_mesh, mesh_context
@@ -63,7 +66,8 @@ class Assistant:
     """uint8 [H, H, 3] -> visual tokens [T, D]: the same array for the same picture, while kept."""
     key = (pixels.shape, hashlib.sha256(np.ascontiguousarray(pixels)).digest())
     if key not in self._seen:
-      self._seen[key] = self.engine.encode_images(pixels[None])[0]
+      # Kept only once it is there: what fails on the device must not stay.
+      self._seen[key] = jax.block_until_ready(self.engine.encode_images(pixels[None])[0])
       while len(self._seen) > KEPT_PICTURES:
         self._seen.popitem(last=False)
     self._seen.move_to_end(key)
@@ -121,7 +125,8 @@ class Assistant:
 
 
 def load(checkpoint: str | os.PathLike, *, template: str | None = None,
-         max_length: int | None = None, rows: int = 1, step: int | None = None) -> Assistant:
+         max_length: int | None = None, rows: int = 1, step: int | None = None,
+         quantize: str | None = None, cache_dtype: str | None = None) -> Assistant:
   """A trained model, on all devices.
 
   Args:
@@ -129,10 +134,15 @@ def load(checkpoint: str | os.PathLike, *, template: str | None = None,
     template, max_length: as in training if None.
     rows: answers that grow at once.
     step: which saved step of the run; the newest if None.
+    quantize: "int8" or "int4" for weights in fewer bytes, see `infer.quantize`.
+    cache_dtype: "int8" for keys and values in fewer bytes; else that of the model, if None.
 
   Raises FileNotFoundError, CheckpointError or ValueError, naming the folder.
   """
   checkpoint, named = pathlib.Path(checkpoint), template and get_template(template)
+  check_format(quantize)
+  if cache_dtype is not None:
+    check_cache_dtype(cache_dtype)
   if not checkpoint.exists():
     raise FileNotFoundError(f"{checkpoint}: no such folder; expected a run's --workdir")
   if step is not None:
@@ -144,11 +154,14 @@ def load(checkpoint: str | os.PathLike, *, template: str | None = None,
   with mesh_context(mesh):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     loaded = load_model(checkpoint, mesh, dtype=dtype)
+    if quantize:
+      quantize_model(loaded.model, quantize)
   tokenizer, vocabulary = load_tokenizer(loaded.tokenizer_dir), loaded.config.decoder.vocab_size
   if tokenizer.vocab_size > vocabulary:
     raise ValueError(f"{loaded.tokenizer_dir} has {tokenizer.vocab_size} entries, the model "
                      f"{vocabulary}; they belong to different models")
-  engine = Engine(loaded.model, mesh=mesh, max_length=max_length or loaded.max_length, rows=rows)
+  engine = Engine(loaded.model, mesh=mesh, max_length=max_length or loaded.max_length, rows=rows,
+                  cache_dtype=cache_dtype)
   return Assistant(engine, tokenizer, named or get_template(loaded.template),
                    aspect=loaded.aspect, stop_ids=loaded.stop_ids,
                    name=pathlib.Path(os.path.abspath(checkpoint)).name)

@@ -3,17 +3,24 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 
 from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Turn
+from mgjax.infer.ocr import hint
 from mgjax.infer.sampling import Sampling
 from mgjax.infer.text import HALF, TextStream
 
 if TYPE_CHECKING:
   from mgjax.infer.assistant import Assistant
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+  visual: jax.Array        # [T, D]
+  texts: tuple[str, ...]   # what was read in it
 
 
 class Chat:
@@ -36,8 +43,8 @@ class Chat:
     """Forgets the turns and the pictures."""
     self._stop_answering()
     self._turns: list[Turn] = []
-    self._images: tuple[jax.Array, ...] = ()
-    self._waiting: tuple[jax.Array, ...] = ()
+    self._pictures: tuple[_Picture, ...] = ()
+    self._waiting: tuple[_Picture, ...] = ()
     self.cut = False  # whether the last answer ended at its longest, not by itself
 
   @property
@@ -45,9 +52,27 @@ class Chat:
     """(role, text) of what was said, answers included."""
     return tuple(self._turns)
 
-  def attach(self, path: str | pathlib.Path) -> None:
-    """Adds the picture at `path` to the next question.  Raises ImageError, naming the file."""
-    self._waiting += (self._assistant.see(self._assistant.pixels(path)),)
+  @property
+  def waiting(self) -> int:
+    """Pictures that join with the next question."""
+    return len(self._waiting)
+
+  def attach(self, path: str | pathlib.Path, *, hd: bool = True,
+             texts: Sequence[str] = ()) -> None:
+    """Adds the picture at `path` to the next question.  Raises ImageError, naming the file.
+
+    hd: as in `Assistant.pixels`.  texts: what was read in it (`ocr.read_text`), a hint behind every
+    question from then on; what would be taken for a control token is left out.
+    """
+    visual = self._assistant.see(self._assistant.pixels(path, hd))
+    self._waiting += (_Picture(visual, tuple(filter(self._is_text, texts))),)
+
+  def _is_text(self, text):
+    try:
+      self._assistant.check_text(text)
+    except ValueError:
+      return False
+    return True
 
   def drop(self) -> None:
     """Forgets the pictures that wait for the next question."""
@@ -70,21 +95,23 @@ class Chat:
     if not question:
       raise ValueError("the question is empty")
     self._assistant.check_text(question)
-    images = self._images + self._waiting
+    pictures = self._pictures + self._waiting
+    question += hint([text for picture in pictures for text in picture.texts])
     turns = [*self._turns, (HUMAN, f"{IMAGE_TAG}\n" * len(self._waiting) + question)]
-    prompt, sampling = self._assistant.prompt(turns, images), self._sampling
+    prompt = self._assistant.prompt(turns, [picture.visual for picture in pictures])
+    sampling = self._sampling
     engine = self._assistant.engine
     if self._fit:
       longest = max(1, min(sampling.max_new_tokens, engine.room(prompt)))
       sampling = dataclasses.replace(sampling, max_new_tokens=longest)
-    self._answering = self._answer(engine.generate(prompt, sampling), turns, images)
+    self._answering = self._answer(engine.generate(prompt, sampling), turns, pictures)
     return self._answering
 
   def _answer(self, ids: Generator[int], turns: list[Turn],
-              images: tuple[jax.Array, ...]) -> Generator[str]:
+              pictures: tuple[_Picture, ...]) -> Generator[str]:
     stream = TextStream(self._assistant.tokenizer, self._assistant.template.stop)
-    before = self._turns, self._images, self._waiting
-    self._images, self._waiting, self.cut = images, (), False
+    before = self._turns, self._pictures, self._waiting
+    self._pictures, self._waiting, self.cut = pictures, (), False
     # What the model said is text: a tag in it is no picture.
     said = lambda: stream.text.rstrip(HALF).rstrip().replace(IMAGE_TAG, "")
     try:
@@ -104,7 +131,7 @@ class Chat:
       self._turns = [*turns, (GPT, said())]
       raise
     except Exception:  # out of memory, say: as if it had not been asked
-      self._turns, self._images, self._waiting = before
+      self._turns, self._pictures, self._waiting = before
       raise
     finally:
       ids.close()

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mgjax.infer.programs import Programs
+from mgjax.infer.cache import Cache
+from mgjax.infer.programs import Programs, Step
 from mgjax.infer.sampling import Sampling
 from mgjax.models.mini_gemini import MiniGemini
 
@@ -109,13 +110,14 @@ class Engine:
   """Generates with one model on one mesh.
 
   Args:
-    model: a MiniGemini.  The engine copies the decoder's layers out of their stack; drop the model
-      where memory is short.
+    model: a MiniGemini, or one that `quantize.quantize` has changed.  The engine copies the
+      decoder's layers out of their stack; drop the model where memory is short.
     mesh: where the model lies.
     max_length: longest prompt and answer together, in tokens; slots of a row of the cache.
     rows: answers that grow at once.
     buckets: lengths of the windows in which prompts are read.
-    cache_dtype: of keys and values; the model's compute dtype if None.
+    cache_dtype: of keys and values, a dtype or its name, one of `cache.CACHE_DTYPES`; the model's
+      compute dtype if None.  int8 has a scale for each position and head.
   """
 
   def __init__(self, model: MiniGemini, *, mesh: Mesh, max_length: int, rows: int = 1,
@@ -233,6 +235,21 @@ class Engine:
       for answer in answers:
         self.cancel(answer)
     return [answer.tokens for answer in answers]
+
+  def read_alone(self, prompt: Prompt, sampling: Sampling) -> tuple[Step, Cache, int]:
+    """Reads a prompt; what was drawn after it, the cache, which is the caller's from here on, and
+    the row that holds it.  ValueError as in `check`, or if answers are growing."""
+    self.check(prompt, sampling)
+    if self.growing or self.waiting:
+      raise ValueError(f"{self.growing + self.waiting} answers are growing; wait for them first")
+    answer = self.submit(prompt, sampling)
+    row = None
+    while row is None or row.read < len(prompt):
+      self._advance()
+      row = next(r for r in self._rows if r.answer is answer)
+    taken = self._step, self._cache, row.number
+    self._forget()
+    return taken
 
   def room(self, prompt: Prompt) -> int:
     """How many new tokens fit behind the prompt; 0 or less: none."""

@@ -18,7 +18,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mgjax.infer.cache import Cache, empty_cache, extend, rounded_slots, with_unstacked_blocks
+from mgjax.infer.cache import (
+    Cache,
+    cache_axes,
+    check_cache_dtype,
+    empty_cache,
+    extend,
+    rounded_slots,
+    with_unstacked_blocks,
+)
 from mgjax.infer.sampling import Sampling, sample
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import batch_shards, mesh_context, spec
@@ -48,7 +56,7 @@ class Programs:
     self.together = batch_shards(mesh)  # fewest rows that the mesh can split
     self.rows, self.slots = -(-rows // self.together) * self.together, rounded_slots(slots)
     self.compiled: collections.Counter[str] = collections.Counter()  # program -> times compiled
-    self._cache_dtype = cache_dtype or model.dtype
+    self._cache_dtype = check_cache_dtype(cache_dtype or model.dtype)
     self._blanks: dict[int, jax.Array] = {}  # they round the number of pictures up
     with mesh_context(mesh):
       model = nnx.merge(*nnx.split(model))  # new module objects around the same arrays
@@ -60,6 +68,7 @@ class Programs:
     self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
     self._decode = jax.jit(self._decode_program, donate_argnames="cache")
     self._copy = jax.jit(self._copy_program, donate_argnames="cache")
+    self._branch = jax.jit(self._branch_program, donate_argnames="cache")
     self._empty = jax.jit(self._empty_program)
 
   # Pure functions, traced once for each set of shapes.
@@ -110,11 +119,21 @@ class Programs:
         a, jax.lax.dynamic_slice_in_dim(a, source, 1), target, 0)
     return jax.tree.map(copied, cache)
 
+  def _branch_program(self, step, parents, tokens, cache):
+    self.compiled["branch"] += 1
+    return (dataclasses.replace(step, token=tokens),
+            jax.tree.map(lambda a: jnp.take(a, parents, axis=0), cache))
+
   def _empty_program(self):
     b, vocabulary = self.rows, self.config.decoder.vocab_size
     step = Step(jnp.zeros(b, jnp.int32), jnp.zeros((b, vocabulary)), jnp.zeros((b, 2), jnp.uint32),
                 jnp.zeros(b), jnp.ones(b), jnp.zeros(b, jnp.int32))
     return step, empty_cache(self.config.decoder, b, self.slots, self._cache_dtype)
+
+  @property
+  def model(self) -> MiniGemini:
+    """The model around the arrays that the programs use.  Call it inside `mesh_context`."""
+    return self._model(self._params)
 
   # What the engine calls.  Where a cache is given it is used up.
 
@@ -155,6 +174,14 @@ class Programs:
     with mesh_context(self.mesh):
       return self._copy(*map(self._put, (np.int32(source), np.int32(target))), cache=cache)
 
+  def branch(self, step: Step, parents: np.ndarray, tokens: np.ndarray,
+             cache: Cache) -> tuple[Step, Cache]:
+    """The first rows become what `parents` are, each with a token of its own to read next."""
+    rest = np.arange(len(parents), self.rows)
+    whole = lambda x, others: self._put(np.concatenate([x, others]).astype(np.int32))
+    with mesh_context(self.mesh):
+      return self._branch(step, whole(parents, rest), whole(tokens, 0 * rest), cache=cache)
+
   # Of a model made of ShapeDtypeStructs, to be compiled ahead of time.
 
   def lower_prefill(self, length: int) -> jax.stages.Lowered:
@@ -177,7 +204,7 @@ class Programs:
   def _shapes(self):
     with mesh_context(self.mesh):
       step, cache = jax.eval_shape(self._empty_program)
-    lay = lambda a: self._shape(a.shape, a.dtype, "batch", "act_heads", None, None)
+    lay = lambda a: self._shape(a.shape, a.dtype, *cache_axes(a.ndim))
     return (jax.tree.map(lambda a: self._shape(a.shape, a.dtype), step), jax.tree.map(lay, cache))
 
   def _shape(self, dims, dtype, *axes):
