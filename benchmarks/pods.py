@@ -23,9 +23,10 @@ from mgjax.checkpoint import abstract_params  # noqa: E402
 from mgjax.config import ConfigError  # noqa: E402
 from mgjax.models.remat import SAVED
 from mgjax.presets import PRESETS  # noqa: E402
-from mgjax.sharding import make_mesh, mesh_context  # noqa: E402
+from mgjax.sharding import check_heads, make_mesh, mesh_context  # noqa: E402
 from mgjax.tpu import account, slices  # noqa: E402
 from mgjax.tpu.report import Report  # noqa: E402
+from mgjax.train.compiled import mesh_of
 from mgjax.train.config import RunConfig, run_config  # noqa: E402
 from mgjax.train.optimizer import split_frozen  # noqa: E402
 from mgjax.train.state import model_builder  # noqa: E402
@@ -39,7 +40,7 @@ TRIED = tuple({"accumulate": n, "remat.decoder": policy} for n, policy in (
 
 def configs() -> list[tuple[int, str]]:
   """(stage, preset) of every published recipe; high definition begins in stage 2."""
-  names = [name for name in PRESETS if name.startswith("mgm-")]
+  names = [name for name in PRESETS if name.startswith("mgm-") and not name.endswith("-lr")]
   return [(2, n) for n in names] + [(1, n) for n in names if not n.endswith("-hd")]
 
 
@@ -61,9 +62,10 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
     chosen = slices.parse_slice(f"{generation}-{number}")
     if not _state_fits(load(stage, preset, {}), chosen):
       continue
-    if (lean := sketched(TRIED[-1])) is None:
+    tried = [changes for changes in TRIED if _divides(load(stage, preset, changes), chosen)]
+    if not tried or (lean := sketched(tried[-1])) is None:
       continue
-    for changes in TRIED:
+    for changes in tried:
       kept = _kept(load(stage, preset, changes)) / chosen.chips
       if lean.memory.peak + kept > lean.memory.available:
         continue  # saves a sketch
@@ -80,6 +82,15 @@ def smallest(stage: int, preset: str, generation: str) -> dict:
             break
       return _row(stage, preset, best, changes)
   return {"stage": stage, "preset": preset, "generation": generation, "fits": False}
+
+
+def _divides(config, chosen) -> bool:
+  """Whether the rows of a micro-batch, and the heads, divide among the chips."""
+  try:
+    check_heads(config.model.decoder, mesh_of(config, slices.describe(chosen)))
+  except ConfigError:
+    return False
+  return True
 
 
 def _fitting(stage, preset, changes, chosen) -> Report | None:

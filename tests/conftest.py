@@ -11,6 +11,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+  """Files that take minutes come first, so that no worker ends with one of them alone."""
+  long = ("test_resume", "test_check", "test_packed", "train", "conversion", "demo", "launch")
+  rank = lambda item: min((n for n, name in enumerate(long) if name in item.nodeid),
+                          default=len(long))
+  items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
   """`golden/` of the shared folder (MGJAX_SHARED, else ../shared); the test is skipped without."""

@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
+import os
 import re
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -223,7 +225,9 @@ def sketch(config: RunConfig, request: Request, chosen: Slice) -> tuple[Program,
 
 
 def _sketch(config, request, chosen, folder, pipe):
-  """Runs in the child."""
+  """Runs in the child, and ends with the parent, however that ends."""
+  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
+                   daemon=True).start()
   program = None
   try:
     mesh = mesh_of(config, describe(chosen))

@@ -55,6 +55,17 @@ class Network:
     over_dcn = len(set(self._slices[group])) > 1
     return Collective(kind, axes, size, self._seconds(kind, size, group), over_dcn, hidden)
 
+  def across_slices(self, module: Module, computation: str, i: Instruction) -> Collective:
+    """What a `send` carries to the other slices: hosts do it, while the core goes on."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)[1]
+    size = sum(a.bytes for a in module.computations[computation][i.operands[0]].arrays)
+    axes = tuple(name for n, name in enumerate(self._mesh.axis_names)
+                 if np.ptp(self._slices.reshape(self._mesh.devices.shape), axis=n).any())
+    slices = self._slice.count
+    times = 2 if kind == "ALL_REDUCE" else 1
+    seconds = times * size * (slices - 1) / slices / self._chip.dcn
+    return Collective(kind.lower().replace("_", "-"), axes, size, seconds, True, True)
+
   def _group(self, i: Instruction) -> np.ndarray:
     """The first group of devices that talk to each other, as places in the mesh."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", i.attributes)
@@ -108,6 +119,8 @@ class Network:
 def collectives(module: Module, computation: str, i: Instruction,
                 network: Network) -> list[Collective]:
   """Those that an instruction does: itself, or inside a fusion; each counted where it begins."""
+  if i.opcode == "send" and "_xla_megascale_transfer_type" in i.attributes:
+    return [network.across_slices(module, computation, i)]
   if _is_collective(i):
     return [network.collective(module, computation, i, hidden=i.opcode.endswith("-start"))]
   if i.opcode == "fusion" and not i.called()[0].startswith(_CONTINUED) \

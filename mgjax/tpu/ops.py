@@ -15,7 +15,7 @@ from mgjax.tpu.hlo import Array, Instruction, Module
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
          "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency",
          "domain", "async-start", "async-update", "async-done", "copy-done", "slice-done",
-         "dynamic-slice-done"}
+         "dynamic-slice-done", "send", "send-done", "recv", "recv-done"}
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 # Products of groups of rows, see models/grouped.py.
 _GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")

@@ -54,6 +54,24 @@ def test_a_scan_of_gathered_weights():
   assert guess.hbm_bytes >= layers * 2 * d * f * 2 / 4 + rows * d * 2
 
 
+@needs_compiler
+def test_what_goes_between_slices():
+  """A gradient over two slices of 4 chips: summed within a slice, and its parts across."""
+  chosen, (rows, d) = slices.parse_slice("v5e:2x2", 2), (1024, 2048)
+  mesh = make_mesh((2, 4, 1, 1), slices.describe(chosen))
+  x = jax.ShapeDtypeStruct((8 * rows, d), jnp.bfloat16,
+                           sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+  compiled = jax.jit(lambda x: x.T @ x, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+  guess = roofline.estimate(hlo.parse(compiled.as_text()), slices.chip(chosen),
+                            links.Network(mesh, chosen, slices.chip(chosen)))
+  across = {key: at for key, at in links.total(list(guess.collectives)).items() if key[2]}
+  [(kind, axes, _)] = across
+  assert (kind, axes) == ("all-reduce", ("data",))
+  size, seconds = across[kind, axes, True]
+  assert size in (2 * d * d, 2 * d * d / 4)  # of each chip: all of it, or its part
+  assert seconds == pytest.approx(2 * size / 2 / slices.chip(chosen).dcn)
+
+
 def command(*args, topology="v5e:2x2", config="configs/stage2.py:tiny"):
   return subprocess.run(
       [sys.executable, "launch/compile.py", f"--config={config}", f"--topology={topology}", *args],
