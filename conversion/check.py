@@ -25,6 +25,7 @@ from conversion.tensors import FLOATS, ConversionError
 from conversion.transfer import tool
 from mgjax import trees
 from mgjax.data.config import DataConfig
+from mgjax.infer.beam import beam_search
 from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
 from mgjax.models.convnext import concatenated_features
@@ -215,19 +216,28 @@ def generation(case: Case, model) -> Iterator[Finding]:
            if "tokens" in s and "raw_sequences" in s]  # some versions repeat BOS
   lead = leads[0] if leads else 1
   rows = {name: [case.prompt(s, r, visual) for r in range(len(s["prompt_ids"]))]
-          for name, s in scenarios.items() if not s.get("num_beams")}
+          for name, s in scenarios.items()}
   wanted = {name: scenarios[name].get("tokens") or [
       ids[lead:] for ids in scenarios[name]["raw_sequences"]] for name in rows}
   if not rows:
     return
   longest = max(len(p) for prompts in rows.values() for p in prompts) + max(
       len(ids) for want in wanted.values() for ids in want)
-  engine = Engine(model, mesh=mesh, max_length=longest, buckets=())
+  beams = {name: s["num_beams"] for name, s in scenarios.items() if s.get("num_beams")}
+  engine = Engine(model, mesh=mesh, max_length=longest,
+                  rows=max([*map(len, rows.values()), *beams.values()]), buckets=())
   for name, prompts in rows.items():
     stop = [i for i in (scenarios[name].get("eos_token_id"),) if i is not None]
     sampling = Sampling(max_new_tokens=max(map(len, wanted[name])), stop_ids=tuple(stop))
-    single = [list(engine.generate(p, sampling)) for p in prompts]
-    together = engine.generate_batch(prompts, sampling, rows=len(prompts))
+    if name in beams:
+      found = [beam_search(engine, p, beams=beams[name], stop_ids=stop,
+                           max_new_tokens=sampling.max_new_tokens) for p in prompts]
+      single, scores = zip(*found)
+      yield compare("generation", f"{name}: scores", np.array(scores),
+                    np.array(scenarios[name]["sequences_scores"]), limit=VALUES)
+    else:
+      single = [list(engine.generate(p, sampling)) for p in prompts]
+    together = engine.generate_batch(prompts, sampling) if len(prompts) > 1 else None
     for how, got in (("", single), (", batched", together))[:1 + (len(prompts) > 1)]:
       same = total = 0
       for ids, want in zip(got, wanted[name]):
@@ -245,16 +255,13 @@ def generation(case: Case, model) -> Iterator[Finding]:
 
 def _scores(engine: Engine, prompt, steps: int) -> np.ndarray:
   """Logits of `steps` greedy steps, [steps, V]."""
-  length = engine.bucket(len(prompt))
-  pad = lambda x, fill: np.pad(x, (0, length - len(prompt)), constant_values=fill)[None]
-  sampling = Sampling(max_new_tokens=steps)
-  step, cache = engine.prefill(
-      pad(prompt.tokens, 0), pad(prompt.visual_index, -1), [prompt.images],
-      engine.empty_cache(1, engine.max_length), slot=0, first=np.zeros(1), last=len(prompt) - 1,
-      sampling=sampling)
+  programs, n = engine.programs, len(prompt)
+  step, cache = programs.prefill(
+      prompt.tokens, prompt.visual_index, prompt.images, *programs.empty(), row=0, start=0,
+      last=n - 1, sampling=Sampling())
   logits = [step.logits[0]]
-  for _ in range(steps - 1):
-    step, cache = engine.decode(step, engine.settings(sampling), cache)
+  for i in range(steps - 1):
+    step, cache = programs.decode(step, np.full(programs.rows, n + i), cache)
     logits.append(step.logits[0])
   return np.stack(logits)
 

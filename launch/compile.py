@@ -31,6 +31,11 @@ _ROWS = flags.DEFINE_integer(
     "rows", 0, "prefill and decode: prompts at a time; 0: one a batch shard")
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "positions of the prompt, or slots of the cache; 0: config.data.max_length")
+_QUANTIZE = flags.DEFINE_string(
+    "quantize", None, "prefill and decode: weights as int8 or int4")
+_CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype", None, "prefill and decode: keys and values as int8, bfloat16 or float32; the "
+    "config's dtype if not given")
 _SKETCH = flags.DEFINE_bool(
     "sketch", False, "stop when the schedule is made: seconds, not minutes; times are coarser")
 _SWEEP = flags.DEFINE_bool(
@@ -70,7 +75,7 @@ def run(values: dict) -> int:
     found = sweep.sweep(config, chosen, show=lambda line: print(line, flush=True))
     write([r.as_json() for r in found])
     return 0 if found else 1
-  what = "prefill" if _PREFILL.value else "decode" if _DECODE.value else "train"
+  what = wanted()
   found = account.of_config(config, what, chosen, rows=_ROWS.value, length=_LENGTH.value,
                             sketched=_SKETCH.value)
   for made in found:
@@ -80,6 +85,25 @@ def run(values: dict) -> int:
     print()
   write([r.as_json() for r in found])
   return 0 if all(r.fits for r in found) else 1
+
+
+def wanted():
+  """The program that the flags ask for.  Raises ConfigError."""
+  from mgjax.config import ConfigError
+  from mgjax.infer.cache import check_cache_dtype
+  from mgjax.infer.quantize import check_format
+  from mgjax.tpu.aot import Generation
+  if not (_PREFILL.value or _DECODE.value):
+    if _QUANTIZE.value or _CACHE_DTYPE.value:
+      raise ConfigError("--quantize and --cache_dtype are for --prefill and --decode")
+    return "train"
+  try:
+    check_format(_QUANTIZE.value)
+    if _CACHE_DTYPE.value:
+      check_cache_dtype(_CACHE_DTYPE.value)
+  except ValueError as error:
+    raise ConfigError(f"--{error}") from error
+  return Generation("prefill" if _PREFILL.value else "decode", _QUANTIZE.value, _CACHE_DTYPE.value)
 
 
 def write(rows: list) -> None:

@@ -1,8 +1,7 @@
 """Mini-Gemini in JAX/Flax: what a notebook needs, by name; each is imported when first used.
 
-    chat = mgjax.load_chat("work_dirs/demo/stage2")
-    chat.attach("photo.jpg")
-    print("".join(chat.ask("what do the signs say?")))
+    model = mgjax.load("work_dirs/demo/stage2")
+    print(model.chat("photo.jpg", "what do the signs say?"))
 """
 
 import importlib
@@ -19,8 +18,8 @@ _HOME = {
     "train": "mgjax.train.loop",
     "Engine": "mgjax.infer.engine",
     "Sampling": "mgjax.infer.sampling",
-    "Chat": "mgjax.infer.chat",
-    "load_chat": "mgjax.infer.chat",
+    "Assistant": "mgjax.infer.assistant",
+    "load": "mgjax.infer.assistant",
 }
 __all__ = sorted(_HOME)
 

@@ -92,13 +92,14 @@ def tokenize_conversation(tokenizer: Tokenizer, segments: Sequence[Segment],
   return Tokenized(np.array(ids, np.int32), np.array(trained, bool))
 
 
-def expand(tokenized: Tokenized, tokens_per_image: int, *, filler: int = 0,
+def expand(tokenized: Tokenized, tokens_per_image: int | Sequence[int], *, filler: int = 0,
            max_length: int | None = None) -> Expanded:
   """Spreads each image over its T = tokens_per_image positions and shifts the targets.
 
-  `visual_index` is -1 at text and slot*T + t at token t of the sample's image number slot, where
-  `tokens` holds `filler`.  `targets[t]` is the next id and `loss_mask[t]` whether that id is
-  trained, so that the first word after an image is predicted from its last visual token.
+  `visual_index` is -1 at text and slot*T + t at token t of the sample's image number slot (where
+  each image has a T of its own, it counts through those of all); there `tokens` holds `filler`.
+  `targets[t]` is the next id and `loss_mask[t]` whether that id is trained, so that the first word
+  after an image is predicted from its last visual token.
   Positions from `max_length` on are cut off, and the last one that stays loses its target.
 
   >>> text = Tokenized(np.array([1, IMAGE_ID, 7]), np.array([False, False, True]))
@@ -107,7 +108,8 @@ def expand(tokenized: Tokenized, tokens_per_image: int, *, filler: int = 0,
   ([1, 0, 0, 7], [-1, 0, 1, -1], [False, False, True, False])
   """
   is_image = tokenized.ids == IMAGE_ID                                        # [N]
-  counts = np.where(is_image, tokens_per_image, 1)
+  counts = np.ones(len(is_image), int)
+  counts[is_image] = tokens_per_image
   tokens = np.repeat(np.where(is_image, filler, tokenized.ids), counts)       # [N + images*(T-1)]
   visual = np.repeat(is_image, counts)
   trained = np.repeat(tokenized.trained, counts)
@@ -121,7 +123,7 @@ def expand(tokenized: Tokenized, tokens_per_image: int, *, filler: int = 0,
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], images: int,
-                  tokens_per_image: int) -> EncodedPrompt:
+                  tokens_per_image: int | Sequence[int]) -> EncodedPrompt:
   """The prompt that asks for the next answer.
 
   `turns` are (role, text) pairs that end with the human's question.  Where no turn holds an

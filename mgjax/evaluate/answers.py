@@ -14,9 +14,9 @@ from mgjax.data.images import ImageError, load_image, resolve_image
 from mgjax.data.samples import DataError, Problem, Sample, prepare_turns
 from mgjax.data.tokenize import encode_prompt
 from mgjax.data.tokenizer import load_tokenizer
-from mgjax.infer.chat import end_ids, finished_text
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.text import end_ids, finished_text
 from mgjax.sharding import mesh_context
 
 
@@ -32,15 +32,14 @@ def answer_first_questions(checkpoint: str | Path, samples: Sequence[Sample],
   with mesh_context(mesh):
     loaded = load_model(checkpoint, mesh, dtype=dtype)
   tokenizer, template = load_tokenizer(loaded.tokenizer_dir), get_template(loaded.template)
-  engine = Engine(loaded.model, mesh=mesh, max_length=loaded.max_length)
+  engine = Engine(loaded.model, mesh=mesh, max_length=loaded.max_length, rows=rows)
   ends = end_ids(tokenizer, template, loaded.stop_ids)
   sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=ends)
   texts, files, problems = [], [], []
   for sample in samples:
     try:
       text = first_question(sample, tokenizer, template, loaded.config.visual_tokens)
-      # Pictures are counted here and read below, a few at a time.
-      engine.check_length(Prompt(text.tokens, text.visual_index, sample.images), sampling)
+      engine.check_length(len(text.tokens), sampling)
       texts.append(text)
       files.append([resolve_image(image_root, image) for image in sample.images])
     except (ValueError, ImageError) as error:
@@ -55,7 +54,7 @@ def answer_first_questions(checkpoint: str | Path, samples: Sequence[Sample],
       images = engine.encode_images(np.stack(pixels)) if pixels else ()
       prompts.append(Prompt(text.tokens, text.visual_index, images))
     answers += [finished_text(tokenizer, template, ids, ends)
-                for ids in engine.generate_batch(prompts, sampling, rows)]
+                for ids in engine.generate_batch(prompts, sampling)]
   return answers
 
 

@@ -1,30 +1,29 @@
 """The engine turns ids and pictures into ids; it never sees text.
 
-Every program is compiled once: `encode_images` for each number of pictures (rounded up to a power
-of two), `prefill` for each bucket of lengths, `decode` once for streaming and once for each size of
-batch cache.  Settings such as the temperature are arguments, not programs.
+Many answers grow at once, each in a row of one cache: a step reads one more token of every row, and
+a row whose answer has ended takes the next prompt while the others go on (continuous batching).
+What a prompt has in common with what a row holds is not read again, so the next turn of a
+conversation reads only what is new, and many questions about one picture read it once.
 """
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from mgjax.infer.cache import Cache, empty_cache, extend, rounded_slots, with_unstacked_blocks
-from mgjax.infer.sampling import Sampling, sample
+from mgjax.infer.cache import Cache
+from mgjax.infer.programs import Programs, Step
+from mgjax.infer.sampling import Sampling
 from mgjax.models.mini_gemini import MiniGemini
-from mgjax.sharding import batch_shards, mesh_context, spec
 
-# 768 holds one picture of 576 tokens and a question, 1536 two, 3072 an HD picture of 2880.
-BUCKETS = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# 768 holds one picture of 576 tokens and a question; longer prompts are read in several windows,
+# so that those who are being answered wait for none longer than this.
+BUCKETS = (64, 128, 256, 512, 768, 1024)
+WORTH_COPYING = 32  # positions more than a free row has, for which another row is copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Prompt:
   """What is asked: `tokens` and `visual_index` int [N], as `data.tokenize.expand` makes them.
 
   `images` are the visual tokens [T, D] of each picture, from `Engine.encode_images`; visual_index
-  counts through them: slot*T + t.  A picture kept between turns must be the same array again.
+  counts through all of them.  A picture is known again only if it is the same array.
   """
 
   tokens: np.ndarray
@@ -51,339 +50,305 @@ class Prompt:
     return len(self.tokens)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """One token a row, and what the next step needs; never donated, so it can be read late."""
+@dataclasses.dataclass(eq=False)
+class Answer:
+  """An answer that grows: `tokens` so far; a stop id, if one is met, is the last.
 
-  token: jax.Array   # int32 [B], drawn from
-  logits: jax.Array  # float32 [B, V]
-  slot: jax.Array    # int32: where the token will be written
-  first: jax.Array   # int32 [B]: where each row begins
-  rng: jax.Array
+  ended: None while it grows, then "stop" (a stop id), "length" (max_new_tokens), "cancelled", or
+    "failed" (a program was interrupted, or out of memory).
+  reused: positions of the prompt that did not have to be read; None before it is begun.
+  """
+
+  prompt: Prompt
+  sampling: Sampling
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  ended: str | None = None
+  reused: int | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+  """A row of the cache: what it holds, and whose answer grows in it."""
+
+  number: int
+  prompt: Prompt | None = None          # whose first `read` positions are in the cache
+  read: int = 0
+  answer: Answer | None = None
+  fed: int = 0                          # tokens of the answer that are in the cache behind them
+  used: int = 0                         # when an answer last began here
+
+  @property
+  def grows(self) -> bool:
+    return self.answer is not None and self.answer.ended is None
+
+  @property
+  def length(self) -> int:
+    """The slot that is written next."""
+    return self.read + self.fed
+
+  def common(self, prompt: Prompt) -> int:
+    """Positions from the start that are the same here and in the prompt."""
+    if self.prompt is None:
+      return 0
+    said = self.answer.tokens[:self.fed] if self.answer else []
+    own_tokens = np.append(self.prompt.tokens[:self.read], said).astype(np.int32)
+    own_index = np.append(self.prompt.visual_index[:self.read], np.full(len(said), -1))
+    n = min(len(own_tokens), len(prompt))
+    index = prompt.visual_index[:n]
+    same = own_index[:n] == index
+    same &= (own_tokens[:n] == prompt.tokens[:n]) | (index >= 0)
+    at = 0
+    for old, new in zip(self.prompt.images, prompt.images):
+      if old is not new:  # from here on the index counts through other pictures
+        break
+      at += len(new)
+    same &= index < at
+    return n if same.all() else int(same.argmin())
 
 
 class Engine:
   """Generates with one model on one mesh.
 
   Args:
-    model: a MiniGemini.  The engine copies the decoder's layers out of their stack; drop the model
-      where memory is short.
+    model: a MiniGemini, or one that `quantize.quantize` has changed.  The engine copies the
+      decoder's layers out of their stack; drop the model where memory is short.
     mesh: where the model lies.
-    max_length: longest prompt and answer together, in tokens; cache slots of a session.
-    buckets: lengths that prompts are padded to; those above max_length are left out.
-    cache_dtype: of keys and values; the model's compute dtype if None.
+    max_length: longest prompt and answer together, in tokens; slots of a row of the cache.
+    rows: answers that grow at once.
+    buckets: lengths of the windows in which prompts are read.
+    cache_dtype: of keys and values, a dtype or its name, one of `cache.CACHE_DTYPES`; the model's
+      compute dtype if None.  int8 has a scale for each position and head.
   """
 
-  def __init__(self, model: MiniGemini, *, mesh: Mesh, max_length: int,
+  def __init__(self, model: MiniGemini, *, mesh: Mesh, max_length: int, rows: int = 1,
                buckets: Sequence[int] = BUCKETS, cache_dtype=None):
-    if max_length < 2:
-      raise ValueError(f"engine: max_length is {max_length}, expected at least 2")
+    if max_length < 2 or rows < 1:
+      raise ValueError(f"engine: max_length is {max_length} and rows {rows}, expected at least 2 "
+                       "and 1")
     self.config, self.mesh, self.max_length = model.config, mesh, max_length
-    self.buckets = (*sorted(b for b in buckets if b < max_length), max_length)
-    self.rows = batch_shards(mesh)  # fewest rows that the mesh can split
-    self.compiled: collections.Counter[str] = collections.Counter()  # program -> times compiled
-    self._cache_dtype = cache_dtype or model.dtype
-    self._per_image = max(1, self.config.visual_tokens)  # a language model alone has none
-    with mesh_context(mesh):
-      model = nnx.merge(*nnx.split(model))  # new module objects around the same arrays
-      model.decoder = with_unstacked_blocks(model.decoder)
-      self._graphdef, params = nnx.split(model)
-      # A flat list: taking an nnx state apart at every token would cost more than the dispatch.
-      self._params, self._treedef = jax.tree.flatten(params)
-      self._dtype = model.dtype
-    self._encode = jax.jit(self._encode_program)
-    self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
-    self._decode = jax.jit(self._decode_program, donate_argnames="cache")
-    self._empty = jax.jit(self._empty_program, static_argnames=("rows", "slots"))
+    self.buckets = tuple(sorted(b for b in buckets if b < max_length)) or (max_length,)
+    self.programs = Programs(model, mesh, rows, max_length, cache_dtype)
+    self._waiting: collections.deque[Answer] = collections.deque()
+    self._clock = 0  # counts answers
+    self._forget()
 
-  # Programs: pure functions, traced once for each set of shapes.
+  @property
+  def rows(self) -> int:
+    """Answers that can grow at once."""
+    return len(self._rows)
 
-  def _model(self, params):
-    return nnx.merge(self._graphdef, self._treedef.unflatten(params))
+  @property
+  def growing(self) -> int:
+    """Answers that do."""
+    return sum(row.grows for row in self._rows)
 
-  def _encode_program(self, params, pixels):
-    self.compiled[f"encode_images {len(pixels)}"] += 1
-    visual = self._model(params).encode_images(pixels)
-    return tuple(visual[i] for i in range(len(pixels)))
+  @property
+  def waiting(self) -> int:
+    """Prompts that no row is free for."""
+    return len(self._waiting)
 
-  def _prefill_program(self, params, tokens, visual_index, images, slot, first, last, seed,
-                       settings, cache):
-    rows, length = tokens.shape
-    self.compiled[f"prefill {rows}x{length}, {len(images) // rows} images, "
-                  f"{cache.slots} slots"] += 1
-    model = self._model(params)
-    visual = jnp.stack(images).reshape(rows, -1, self.config.decoder.width)  # [B, slots*T, D]
-    x = model.place(tokens, visual_index, visual)
-    x, cache = extend(model.decoder, x, slot, first, cache)
-    x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
-    step = self._draw(model, x, slot + last + 1, first, jax.random.key(seed), settings)
-    return step, cache
-
-  def _decode_program(self, params, step, settings, cache):
-    self.compiled[f"decode {len(step.token)}, {cache.slots} slots"] += 1
-    model = self._model(params)
-    x = model.decoder.embed(step.token[:, None])
-    x, cache = extend(model.decoder, x, step.slot, step.first, cache)
-    return self._draw(model, x, step.slot + 1, step.first, step.rng, settings), cache
-
-  def _draw(self, model, x, slot, first, rng, settings):
-    logits = model.decoder.logits(x)[:, 0]
-    rng, now = jax.random.split(rng)
-    return Step(sample(logits, now, **settings), logits, slot, first, rng)
-
-  def _empty_program(self, rows, slots):
-    return empty_cache(self.config.decoder, rows, slots, self._cache_dtype)
-
-  # What callers use.
+  @property
+  def picture_sides(self) -> tuple[int, ...]:
+    """Sides of the pictures that can be seen: an HD model sees standard ones too."""
+    return tuple(sorted({self.config.hr_size // self.config.grid, self.config.hr_size}))
 
   def encode_images(self, pixels: np.ndarray) -> tuple[jax.Array, ...]:
-    """uint8 [N, H, H, 3] -> N arrays of visual tokens [T, D]; ValueError for another shape."""
+    """uint8 [N, H, H, 3], H one of `picture_sides`, -> N arrays of visual tokens [T, D].
+
+    ValueError for another shape.
+    """
     if self.config.vision is None:
       raise ValueError("this is a language model alone: it cannot see pictures")
-    side = self.config.hr_size
     pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (side, side, 3):
-      raise ValueError(f"images are {pixels.dtype} {pixels.shape}, expected uint8 "
-                       f"[N, {side}, {side}, 3]; `data.images.load_image` makes them")
-    n = len(pixels)
-    if not n:
-      return ()
-    padding = max(_power_of_two(n), self.rows) - n
-    pixels = np.concatenate([pixels, np.zeros((padding, side, side, 3), np.uint8)])
-    with mesh_context(self.mesh):
-      return self._encode(self._params, pixels)[:n]
+    if pixels.dtype != np.uint8 or pixels.shape[1:] not in [(s, s, 3) for s in self.picture_sides]:
+      expected = " or ".join(f"[N, {s}, {s}, 3]" for s in self.picture_sides)
+      raise ValueError(f"images are {pixels.dtype} {pixels.shape}, expected uint8 {expected}; "
+                       "`data.images.load_image` makes them")
+    return self.programs.encode(pixels) if len(pixels) else ()
 
-  def empty_cache(self, rows: int, slots: int) -> Cache:
-    """A new cache with at least that many slots."""
-    with mesh_context(self.mesh):
-      return self._empty(rows=rows, slots=rounded_slots(slots))
+  # Answers.
 
-  def prefill(self, tokens: np.ndarray, visual_index: np.ndarray,
-              images: Sequence[Sequence[jax.Array]], cache: Cache, *, slot: int, first: np.ndarray,
-              last: int, sampling: Sampling) -> tuple[Step, Cache]:
-    """Reads a padded window and draws the token after it.  The cache given is used up.
+  def submit(self, prompt: Prompt, sampling: Sampling) -> Answer:
+    """An answer that `step` makes grow, once a row is free.  ValueError as in `check`."""
+    self.check(prompt, sampling)
+    answer = Answer(prompt, sampling)
+    self._waiting.append(answer)
+    return answer
 
-    tokens, visual_index [B, L] for the slots slot .. slot+L-1; `images` of each row; `first` [B]
-    where rows begin; `last` is the real position of the window that the next token follows.
+  def cancel(self, answer: Answer) -> None:
+    """It grows no more, and its row is free at once; nothing if it has ended."""
+    if answer.ended is None:
+      answer.ended = "cancelled"
+    if answer in self._waiting:
+      self._waiting.remove(answer)
+
+  def step(self) -> bool:
+    """Every answer that grows gets a token, and one prompt is read on; False if nothing was to do.
+
+    The tokens given are those of the step before: the device goes on while the host reads them.
     """
-    slots = _power_of_two(max(1, *map(len, images)))
-    images = tuple(x for row in images for x in (*row, *[self._blank] * (slots - len(row))))
-    scalar = lambda x: self._put(np.int32(x))
-    with mesh_context(self.mesh):
-      return self._prefill(
-          self._params, self._put(np.asarray(tokens, np.int32)),
-          self._put(np.asarray(visual_index, np.int32)), images, scalar(slot),
-          self._put(np.asarray(first, np.int32)), scalar(last), self._put(np.uint32(sampling.seed)),
-          self.settings(sampling), cache)
-
-  def decode(self, step: Step, settings: dict[str, jax.Array],
-             cache: Cache) -> tuple[Step, Cache]:
-    """Reads the token of `step` and draws the next.  The cache given is used up."""
-    with mesh_context(self.mesh):
-      return self._decode(self._params, step, settings, cache)
-
-  # Programs of an engine whose model is made of ShapeDtypeStructs, to be compiled ahead of time.
-
-  def lower_prefill(self, rows: int, length: int) -> jax.stages.Lowered:
-    """Of prompts with a picture each, read into an empty cache of just their length."""
-    number, row = self._shape((), jnp.int32), self._shape((rows,), jnp.int32)
-    window = self._shape((rows, length), jnp.int32)
-    image = self._shape((self._per_image, self.config.decoder.width), self._dtype)
-    with mesh_context(self.mesh):
-      return self._prefill.lower(
-          self._params, window, window, (image,) * rows, number, row, number,
-          self._shape((), jnp.uint32), self._settings_shapes(),
-          cache=self._cache_shapes(rows, length))
-
-  def lower_decode(self, rows: int, slots: int) -> jax.stages.Lowered:
-    """Of one more token a row, with a cache of that many slots."""
-    number, row = self._shape((), jnp.int32), self._shape((rows,), jnp.int32)
-    logits = self._shape((rows, self.config.decoder.vocab_size), jnp.float32)
-    rng = self._shape((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    with mesh_context(self.mesh):
-      return self._decode.lower(self._params, Step(row, logits, number, row, rng),
-                                self._settings_shapes(), cache=self._cache_shapes(rows, slots))
-
-  def _shape(self, dims, dtype, *axes):
-    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(self.mesh, spec(*axes)))
-
-  def _settings_shapes(self):
-    return dict(temperature=self._shape((), jnp.float32), top_p=self._shape((), jnp.float32),
-                top_k=self._shape((), jnp.int32))
-
-  def _cache_shapes(self, rows, slots):
-    lay = lambda a: self._shape(a.shape, a.dtype, "batch", "act_heads", None, None)
-    with mesh_context(self.mesh):
-      return jax.tree.map(lay, jax.eval_shape(
-          lambda: self._empty_program(rows, rounded_slots(slots))))
-
-  def settings(self, sampling: Sampling) -> dict[str, jax.Array]:
-    """The arguments of `sample` on the device."""
-    return dict(temperature=self._put(np.float32(sampling.temperature)),
-                top_p=self._put(np.float32(sampling.top_p)),
-                top_k=self._put(np.int32(sampling.top_k)))
-
-  def session(self) -> Session:
-    """A conversation of its own; see `Session`."""
-    return Session(self)
+    try:
+      flying = self._advance()
+      landed, self._flying = self._flying, flying
+      tokens = None if landed is None else np.asarray(landed[0])
+    except BaseException:  # what ran took the cache along
+      self._fail()
+      raise
+    if landed is not None:
+      for token, answer in zip(tokens, landed[1]):
+        if answer is not None and answer.ended is None:
+          self._give(answer, int(token))
+    return landed is not None or flying is not None or bool(self.growing or self.waiting)
 
   def generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
-    """The answer to one prompt, id by id; see `Session.generate`."""
-    return self.session().generate(prompt, sampling)
+    """The answer to one prompt, id by id as each is known; a stop id, if one is met, is the last.
 
-  def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling,
-                     rows: int = 8) -> list[list[int]]:
-    """Answers to many prompts, in their order, `rows` at a time.
+    Closing the iterator cancels the answer.  ValueError as in `check`, at the call.
+    """
+    self.check(prompt, sampling)
+    return self._generate(prompt, sampling)
 
-    Each answer ends with the stop id that it met, if it met one.  ValueError as in `generate`,
-    before anything is computed.
+  def _generate(self, prompt, sampling):
+    answer, given = self.submit(prompt, sampling), 0
+    try:
+      while answer.ended is None or given < len(answer.tokens):
+        if given < len(answer.tokens):
+          given += 1
+          yield answer.tokens[given - 1]
+        else:
+          self.step()
+    finally:
+      self.cancel(answer)
+
+  def generate_batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+    """Answers to many prompts, in their order.
+
+    ValueError as in `check`, naming the prompt, before anything is computed.
     """
     for i, prompt in enumerate(prompts):
-      self.check_length(prompt, sampling, f"prompt {i}")
-    rows = -(-rows // self.rows) * self.rows
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-    for at in range(0, len(order), rows):
-      group = order[at:at + rows]
-      self._answer_group([prompts[i] for i in group], [answers[i] for i in group], rows, sampling)
-    return answers
+      self.check(prompt, sampling, f"prompt {i}")
+    answers = [self.submit(prompt, sampling) for prompt in prompts]
+    try:
+      while any(answer.ended is None for answer in answers):
+        self.step()
+    finally:
+      for answer in answers:
+        self.cancel(answer)
+    return [answer.tokens for answer in answers]
 
-  def _answer_group(self, prompts, answers, rows, sampling):
-    # Rows end together, so that the whole batch writes one slot: short prompts are padded in front.
-    length = self.bucket(max(map(len, prompts)))
-    padded = [*prompts, *[prompts[0]] * (rows - len(prompts))]
-    front = np.array([length - len(p) for p in padded])
-    tokens = np.stack([np.pad(p.tokens, (f, 0)) for p, f in zip(padded, front)])
-    index = np.stack([np.pad(p.visual_index, (f, 0), constant_values=-1)
-                      for p, f in zip(padded, front)])
-    cache = self.empty_cache(rows, length + sampling.max_new_tokens)
-    step, cache = self.prefill(tokens, index, [p.images for p in padded], cache, slot=0,
-                               first=front, last=length - 1, sampling=sampling)
-    settings, unfinished = self.settings(sampling), set(range(len(prompts)))
-    for n in range(sampling.max_new_tokens):
-      now = step.token
-      if n + 1 < sampling.max_new_tokens:  # the device goes on while the host reads
-        step, cache = self.decode(step, settings, cache)
-      # Rows that ended go on being computed; what they say is not kept.
-      for row, token in enumerate(np.asarray(now)[:len(prompts)]):
-        if row in unfinished:
-          answers[row].append(int(token))
-          if token in sampling.stop_ids:
-            unfinished.remove(row)
-      if not unfinished:
-        return
-
-  def bucket(self, length: int) -> int:
-    """The length that `length` positions are padded to."""
-    return next(b for b in self.buckets if b >= length)
+  def read_alone(self, prompt: Prompt, sampling: Sampling) -> tuple[Step, Cache, int]:
+    """Reads a prompt; what was drawn after it, the cache, which is the caller's from here on, and
+    the row that holds it.  ValueError as in `check`, or if answers are growing."""
+    self.check(prompt, sampling)
+    if self.growing or self.waiting:
+      raise ValueError(f"{self.growing + self.waiting} answers are growing; wait for them first")
+    answer = self.submit(prompt, sampling)
+    row = None
+    while row is None or row.read < len(prompt):
+      self._advance()
+      row = next(r for r in self._rows if r.answer is answer)
+    taken = self._step, self._cache, row.number
+    self._forget()
+    return taken
 
   def room(self, prompt: Prompt) -> int:
     """How many new tokens fit behind the prompt; 0 or less: none."""
     return self.max_length - len(prompt)
 
-  def check_length(self, prompt: Prompt, sampling: Sampling, name: str = "prompt") -> None:
+  def check(self, prompt: Prompt, sampling: Sampling, name: str = "prompt") -> None:
     """ValueError unless prompt and answer fit: nothing is ever cut silently."""
-    if sampling.max_new_tokens > (room := self.room(prompt)):
+    self.check_length(len(prompt), sampling, name)
+    needed, there = int(prompt.visual_index.max(initial=-1)) + 1, sum(map(len, prompt.images))
+    if needed > there:
+      raise ValueError(f"{name}: it refers to {needed} visual tokens, but its {len(prompt.images)} "
+                       f"images have {there}")
+
+  def check_length(self, length: int, sampling: Sampling, name: str = "prompt") -> None:
+    """ValueError unless a prompt of that length and its answer fit."""
+    if sampling.max_new_tokens > (room := self.max_length - length):
       fewer = f", or lower max_new_tokens to {room}" if room > 0 else ""
       raise ValueError(
-          f"{name}: {len(prompt)} tokens and up to {sampling.max_new_tokens} new ones make "
-          f"{len(prompt) + sampling.max_new_tokens}, but max_length is {self.max_length}; shorten "
+          f"{name}: {length} tokens and up to {sampling.max_new_tokens} new ones make "
+          f"{length + sampling.max_new_tokens}, but max_length is {self.max_length}; shorten "
           f"the prompt or start a new conversation{fewer}")
-    needed = prompt.visual_index.max(initial=-1) // self._per_image + 1
-    if needed > len(prompt.images):
-      raise ValueError(f"{name}: it refers to {needed} images, but {len(prompt.images)} were given")
 
-  def _put(self, x):
-    return jax.device_put(x, self._replicated)
+  def bucket(self, length: int) -> int:
+    """The window in which that many positions, or the first of them, are read."""
+    return next((b for b in self.buckets if b >= length), self.buckets[-1])
 
-  @functools.cached_property
-  def _blank(self):  # where a row has fewer pictures than others
-    with mesh_context(self.mesh):
-      return jnp.zeros((self._per_image, self.config.decoder.width), self._dtype)
+  # How a step goes.
 
-  @functools.cached_property
-  def _replicated(self):
-    return NamedSharding(self.mesh, P())
+  def _advance(self):
+    """Decodes, and reads on in one prompt; what was drawn, and the answer of each row it is for."""
+    answers: list[Answer | None] = [None] * self.rows
+    decoding = [row for row in self._rows if row.grows and row.read == len(row.answer.prompt)
+                and row.fed + 1 < row.answer.sampling.max_new_tokens]
+    if decoding:
+      starts = np.array([row.length for row in self._rows])
+      cache, self._cache = self._cache, None
+      self._step, self._cache = self.programs.decode(self._step, starts, cache)
+      for row in decoding:
+        row.fed += 1
+        answers[row.number] = row.answer
+    reading = next((r for r in self._rows if r.grows and r.read < len(r.answer.prompt)), None)
+    if (reading := reading or self._begin()) and self._read(reading):
+      answers[reading.number] = reading.answer
+    return (self._step.token, answers) if any(answers) else None
 
+  def _begin(self) -> _Row | None:
+    """The row that the next prompt gets, with what it has in common with it."""
+    free = [row for row in self._rows if not row.grows]
+    if not free or not self._waiting:
+      return None
+    answer = self._waiting.popleft()
+    common = {row.number: row.common(answer.prompt) for row in self._rows}
+    # Where nothing is in common, what was used longest ago is given up.
+    target = source = max(free, key=lambda row: (common[row.number], -row.used))
+    busy = max(self._rows, key=lambda row: common[row.number])
+    if common[busy.number] >= common[target.number] + WORTH_COPYING:
+      source, target = busy, min(free, key=lambda row: row.used)
+      cache, self._cache = self._cache, None
+      self._cache = self.programs.copy(source.number, target.number, cache)
+    self._clock += 1
+    # The last position is always read: the first token is drawn from it.
+    answer.reused = min(common[source.number], len(answer.prompt) - 1)
+    target.prompt, target.answer, target.used = answer.prompt, answer, self._clock
+    target.read, target.fed = answer.reused, 0
+    return target
 
-class Session:
-  """One conversation.  What a new prompt has in common with what was read before is not read again.
-
-  Prompts are compared id by id from the start, so a history that tokenises differently the second
-  time is read again from there on, and nothing else has to be known about it.
-  """
-
-  def __init__(self, engine: Engine):
-    self._engine = engine
-    self._cache: Cache | None = None
-    self._tokens: list[int] = []  # ids in the cache; likewise their visual_index
-    self._visual_index: list[int] = []
-    self._images: tuple[jax.Array, ...] = ()
-    self.reused = 0  # positions that the last prompt did not have to read
-
-  def generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[int]:
-    """The answer, id by id as each is known; a stop id, if one is met, is the last.
-
-    Closing the iterator stops the answer.  Raises ValueError at the call if prompt and answer do
-    not fit into max_length.
-    """
-    self._engine.check_length(prompt, sampling)
-    return self._generate(prompt, sampling)
-
-  def _generate(self, prompt, sampling):
-    step, cache = self._read(prompt, sampling)
-    settings = self._engine.settings(sampling)
-    for n in range(sampling.max_new_tokens):
-      now, fed = step.token, n + 1 < sampling.max_new_tokens
-      if fed:  # the device goes on while the host reads
-        self._cache = None
-        step, cache = self._engine.decode(step, settings, cache)
-      self._cache = cache
-      token = int(np.asarray(now)[0])
-      if fed:
-        self._tokens.append(token)
-        self._visual_index.append(-1)
-      yield token
-      if token in sampling.stop_ids:
-        return
-
-  def _read(self, prompt, sampling):
-    """Prefills what the cache does not hold yet."""
-    engine = self._engine
-    # While a program runs, the cache belongs to it: an interrupt leaves None here, not rubbish.
-    cache, self._cache = self._cache, None
-    if cache is None:
-      cache = engine.empty_cache(engine.rows, engine.max_length)
-      self._tokens, self._visual_index = [], []
-    # The last position is always read: the next token is drawn from it.
-    self.reused = min(self._common(prompt), len(prompt) - 1)
-    length = engine.bucket(len(prompt) - self.reused)
+  def _read(self, row: _Row) -> bool:
+    """Reads the next window of a row's prompt; whether that was the last."""
+    if self._cache is None:
+      self._step, self._cache = self.programs.empty()
+    prompt = row.answer.prompt
+    length = self.bucket(len(prompt) - row.read)
     # Near the end of the cache the padded window would stick out; then it starts earlier.
-    start = min(self.reused, cache.slots - length)
+    start = min(row.read, self.programs.slots - length)
     window = slice(start, start + length)
-    pad = length - len(prompt.tokens[window])
-    tokens = np.pad(prompt.tokens[window], (0, pad))
-    index = np.pad(prompt.visual_index[window], (0, pad), constant_values=-1)
-    rows = engine.rows
-    step, cache = engine.prefill(
-        np.tile(tokens, (rows, 1)), np.tile(index, (rows, 1)), [prompt.images] * rows, cache,
-        slot=start, first=np.zeros(rows), last=len(prompt) - 1 - start, sampling=sampling)
-    self._tokens, self._visual_index = prompt.tokens.tolist(), prompt.visual_index.tolist()
-    self._images = prompt.images
-    return step, cache
+    real = len(prompt.tokens[window])
+    pad = lambda x, fill: np.pad(x[window], (0, length - real), constant_values=fill)
+    cache, self._cache = self._cache, None
+    self._step, self._cache = self.programs.prefill(
+        pad(prompt.tokens, 0), pad(prompt.visual_index, -1), prompt.images, self._step, cache,
+        row=row.number, start=start, last=real - 1, sampling=row.answer.sampling)
+    row.read = start + real
+    return row.read == len(prompt)
 
-  def _common(self, prompt) -> int:
-    """Positions from the start that are the same in the cache and in the prompt."""
-    n = min(len(self._tokens), len(prompt))
-    index = prompt.visual_index[:n]
-    same = (np.array(self._visual_index[:n], int) == index)
-    same &= (np.array(self._tokens[:n], int) == prompt.tokens[:n]) | (index >= 0)
-    for slot, (old, new) in enumerate(zip(self._images, prompt.images)):
-      if old is not new:
-        same &= index // self._engine._per_image != slot
-    return n if same.all() else int(same.argmin())
+  def _give(self, answer, token):
+    answer.tokens.append(token)
+    if token in answer.sampling.stop_ids:
+      answer.ended = "stop"
+    elif len(answer.tokens) >= answer.sampling.max_new_tokens:
+      answer.ended = "length"
 
+  def _fail(self):
+    for answer in [*self._waiting, *(row.answer for row in self._rows if row.answer)]:
+      answer.ended = answer.ended or "failed"
+    self._waiting.clear()
+    self._forget()
 
-def _power_of_two(n: int) -> int:
-  return 1 << (n - 1).bit_length()
+  def _forget(self):
+    """Nothing is read, and nothing grows."""
+    self._rows = [_Row(n) for n in range(self.programs.rows)]
+    self._step = self._cache = None
+    self._flying: tuple[jax.Array, list[Answer | None]] | None = None  # drawn, not read yet

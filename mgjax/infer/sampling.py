@@ -33,24 +33,32 @@ class Sampling:
 
 def sample(logits: jax.Array, rng: jax.Array, temperature: jax.Array, top_p: jax.Array,
            top_k: jax.Array) -> jax.Array:
-  """float32 [B, V] -> int32 [B]; see `Sampling` for the settings, all of them scalars.
+  """float32 [B, V] -> int32 [B]; a key and settings (see `Sampling`) for each row, all [B].
 
   As in Hugging Face: temperature first, then top-k, then top-p among what top-k left.  The settings
-  may be traced: other values need no other program.
+  may be traced: other values need no other program.  What a row gives depends on that row alone.
   """
+  greedy = temperature == 0
   # Shifted first: the likeliest scores must not overflow at small temperatures.
-  scaled = lambda: (logits - logits.max(-1, keepdims=True)) / temperature
-  draw = lambda scores: jax.random.categorical(rng, scores, axis=-1)
-  filtered = (top_p < 1) | (top_k > 0)
-  # Branches: what is not asked for costs nothing.
+  scaled = lambda: (logits - logits.max(-1, keepdims=True)) / jnp.where(
+      greedy, 1, temperature)[:, None]
+  draw = lambda scores: jnp.where(
+      greedy, jnp.argmax(logits, axis=-1), jax.vmap(jax.random.categorical)(rng, scores))
+  filtered = ((top_p < 1) | (top_k > 0)) & ~greedy
+
+  def kept():
+    scores = scaled()
+    return jnp.where(filtered[:, None], keep_likely(scores, top_p, top_k), scores)
+  # Branches: what no row asks for costs nothing.
   return jax.lax.cond(
-      temperature == 0, lambda: jnp.argmax(logits, axis=-1),
-      lambda: jax.lax.cond(filtered, lambda: draw(keep_likely(scaled(), top_p, top_k)),
+      jnp.all(greedy), lambda: jnp.argmax(logits, axis=-1),
+      lambda: jax.lax.cond(jnp.any(filtered), lambda: draw(kept()),
                            lambda: draw(scaled()))).astype(jnp.int32)
 
 
 def keep_likely(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-  """[B, V] -> [B, V]: the tokens that the settings leave out at -inf; ties stay together."""
+  """[B, V], settings [B] -> [B, V]: the tokens that the settings leave out at -inf; ties stay
+  together."""
   p = jax.nn.softmax(logits, axis=-1)                                           # [B, V]
   k = jnp.where(top_k > 0, top_k, p.shape[-1])
   p = jnp.where(p >= _threshold(p, lambda kept: kept.sum(-1) >= k), p, -1)

@@ -48,6 +48,23 @@ class PatchInfoMining(nnx.Module):
 
   def __call__(self, tokens: jax.Array, features: jax.Array) -> jax.Array:
     """tokens [N, P*P, D] of square images, features [N, P*w, P*w, C] -> mined [N, P*P, D]."""
+    n, count, _ = tokens.shape
+    q = self._queries(tokens, features)
+    pooled = pool_windows(q, features.astype(self.dtype), self.EPS)
+    pooled = pooled.reshape(n, count, -1)
+    pooled = pooled * self.value.norm.scale[...] + self.value.norm.bias[...]
+    mined = self.value.dense(pooled.astype(self.dtype))
+    return constrain(mined, "batch", "seq", "act_embed")
+
+  def weights(self, tokens: jax.Array, features: jax.Array) -> jax.Array:
+    """The weights p of the sums that `__call__` makes, windows row-major: float32 [N, P*P, w*w]."""
+    q = self._queries(tokens, features)
+    n, side = q.shape[:2]
+    p, _, _ = window_weights(*by_rows(q, features.astype(self.dtype)), self.EPS)  # [NP, w, P, w]
+    return p.transpose(0, 2, 1, 3).reshape(n, side * side, -1)
+
+  def _queries(self, tokens, features):
+    """What meets the candidates without scale and shift, [N, P, P, C]."""
     n, count, width = tokens.shape
     side = round(count**0.5)
     window = features.shape[1] // side
@@ -58,32 +75,46 @@ class PatchInfoMining(nnx.Module):
     key = self.key.dense
     q = jnp.einsum("ntd,cd->ntc", q, gathered(key.kernel[...].astype(q.dtype), *key.axes))
     q = q * (self.key.norm.scale[...] * width**-0.5).astype(q.dtype)
-    pooled = pool_windows(q.reshape(n, side, side, -1), features.astype(self.dtype), self.EPS)
-    pooled = pooled.reshape(n, count, -1)
-    pooled = pooled * self.value.norm.scale[...] + self.value.norm.bias[...]
-    mined = self.value.dense(pooled.astype(self.dtype))
-    return constrain(mined, "batch", "seq", "act_embed")
+    return q.reshape(n, side, side, -1)
+
+
+def by_rows(q: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """q [N, P, P, C], features [N, P*w, P*w, C] -> [N*P, P, C], [N*P, w, P, w, C]: the map as it
+  lies, one row of windows after the other."""
+  n, side, _, channels = q.shape
+  window = features.shape[1] // side
+  a = features.reshape(n * side, window, side, window, channels)
+  return q.reshape(n * side, side, channels), a
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def window_weights(q: jax.Array, a: jax.Array,
+                   eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """softmax_j(q . n_j) over the window of each query, n_j = (a_j - mean_j) r_j; mean and r too.
+
+  The candidates are standardised by their sums alone, so that no standardised copy of the map is
+  made: q . n_j = r_j (q . a_j - mean_j sum(q)).
+
+  q [M, P, C], a [M, w, P, w, C] (see `by_rows`) -> three times float32 [M, w, P, w].
+  """
+  mean = jnp.mean(a, axis=-1, dtype=jnp.float32)
+  variance = jnp.mean(jnp.square(a.astype(jnp.float32) - mean[..., None]), axis=-1)
+  r = jax.lax.rsqrt(variance + eps)
+  sums = jnp.sum(q, axis=-1, dtype=jnp.float32)[:, None, :, None]
+  logits = (_dot("npc,nipjc->nipj", q, a) - mean * sums) * r
+  return jax.nn.softmax(logits, axis=(1, 3)), mean, r
 
 
 def pool_windows(q: jax.Array, features: jax.Array, eps: float) -> jax.Array:
-  """sum_j softmax_j(q . n_j) n_j over the window of each query, n_j = (a_j - mean_j) r_j.
-
-  The candidates are standardised by their sums alone, so that no standardised copy of the map is
-  made: q . n_j = r_j (q . a_j - mean_j sum(q)), and likewise for the weighted sum.  The map is read
-  as it lies, one row of windows after the other.
+  """sum_j p_j n_j over the window of each query, p and n as in `window_weights`, by sums alone too.
 
   q [N, P, P, C], features [N, P*w, P*w, C] -> float32 [N, P, P, C].
   """
-  n, side, _, channels = q.shape
-  window = features.shape[1] // side
-  a = features.reshape(n * side, window, side, window, channels)  # [NP, w, P, w, C]
-  q = q.reshape(n * side, side, channels)                         # [NP, P, C]
-  mean = jnp.mean(a, axis=-1, dtype=jnp.float32)
-  variance = jnp.mean(jnp.square(a.astype(jnp.float32) - mean[..., None]), axis=-1)
-  r = jax.lax.rsqrt(variance + eps)                               # [NP, w, P, w]
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  sums = jnp.sum(q, axis=-1, dtype=jnp.float32)[:, None, :, None]
-  logits = (dot("npc,nipjc->nipj", q, a) - mean * sums) * r
-  p = (jax.nn.softmax(logits, axis=(1, 3)) * r).astype(a.dtype)  # rounded once, for both sums
-  pooled = dot("nipj,nipjc->npc", p, a) - jnp.sum(p * mean, axis=(1, 3))[..., None]
-  return pooled.reshape(n, side, side, channels)
+  shape = q.shape
+  q, a = by_rows(q, features)
+  p, mean, r = window_weights(q, a, eps)
+  p = (p * r).astype(a.dtype)  # rounded once, for both sums
+  pooled = _dot("nipj,nipjc->npc", p, a) - jnp.sum(p * mean, axis=(1, 3))[..., None]
+  return pooled.reshape(shape)

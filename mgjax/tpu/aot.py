@@ -22,7 +22,8 @@ from mgjax.config import ConfigError
 from mgjax.data.mixtures import Fill, fill, of_data
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import batch_arrays
-from mgjax.infer.engine import Engine
+from mgjax.infer.programs import Programs
+from mgjax.infer.quantize import quantize
 from mgjax.sharding import batch_shards, check_heads, mesh_context
 from mgjax.tpu.slices import Slice, describe
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
@@ -37,11 +38,26 @@ PATIENCE = 600  # seconds that a sketch may take
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-  """What is to be compiled: "train" with a format of batches, or "prefill" or "decode" with so many
-  rows of so many positions (prefill) or cache slots (decode)."""
+class Generation:
+  """A program of the engine, "prefill" or "decode", with its weights quantised (a name in
+  `infer.quantize.FORMATS`), and its cache of that dtype (in `infer.cache.CACHE_DTYPES`), or not."""
 
-  what: str
+  program: str
+  quantize: str | None = None
+  cache_dtype: str | None = None
+
+  def __str__(self) -> str:
+    told = [f", {self.quantize} weights"] * bool(self.quantize)
+    told += [f", {self.cache_dtype} cache"] * bool(self.cache_dtype)
+    return self.program + "".join(told)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be compiled: "train" with a format of batches, or a program of the engine with so
+  many rows of so many positions (prefill) or cache slots (decode)."""
+
+  what: str | Generation
   rows: int
   length: int
   shape: Format | None = None
@@ -87,9 +103,10 @@ class DoesNotFit(ConfigError):
     return type(self), (self.program, self.needed, self.available)
 
 
-def requests(config: RunConfig, what: str, rows: int = 0, length: int = 0) -> list[Request]:
-  """What of a config can be compiled: `what` is "train" (one program for each resolution),
-  "prefill" or "decode" (rows 0: one for each batch shard; length 0: config.data.max_length)."""
+def requests(config: RunConfig, what: str | Generation, rows: int = 0,
+             length: int = 0) -> list[Request]:
+  """What of a config can be compiled: `what` is "train" (one program for each resolution), or a
+  `Generation` (rows 0: one for each batch shard; length 0: config.data.max_length)."""
   if what == "train":
     return [Request(what, formats[0].rows, formats[0].length, formats[0])
             for formats in config.data.formats]
@@ -134,16 +151,19 @@ def _generation(config, request, mesh):
     graphdef, shapes = abstract_params(model_builder(config), mesh)
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, config.dtype, sharding=s.sharding), shapes)
-    engine = Engine(nnx.merge(graphdef, params), mesh=mesh, max_length=length)
-    if request.what == "prefill":
-      lowered, told = engine.lower_prefill(rows, length), f"{rows} prompts of {length}"
-      positions, pairs = rows * length, rows * pairs_seen(length)
+    model, wanted = nnx.merge(graphdef, params), request.what
+    if wanted.quantize:
+      quantize(model, wanted.quantize)
+    programs = Programs(model, mesh, rows, length, wanted.cache_dtype)
+    if wanted.program == "prefill":
+      lowered, told = programs.lower_prefill(length), f"a prompt of {length}, {rows} rows"
+      positions, pairs = length, pairs_seen(length)
     else:
-      lowered, told = engine.lower_decode(rows, length), f"{rows} rows, {length} slots"
+      lowered, told = programs.lower_decode(), f"{rows} rows, {length} slots"
       positions, pairs = rows, rows * length
   flops = model_flops(config, Work(positions, pairs, 0, config.model.hr_size))
-  return Program(f"{request.what}, {told}", dict(mesh.shape), sum(flops.forward.values()),
-                 positions, 0, {"params": bytes_a_chip(params)}), lowered
+  return Program(f"{wanted}, {told}", dict(mesh.shape), sum(flops.forward.values()), positions, 0,
+                 {"params": bytes_a_chip(nnx.state(model))}), lowered
 
 
 def compile_whole(program: Program, lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
@@ -244,5 +264,5 @@ def _dumped(folder: Path) -> str | None:
 
 def bytes_a_chip(tree) -> int:
   """What the arrays of a tree of ShapeDtypeStructs take on one chip."""
-  return sum(math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize
+  return sum(math.prod(s.sharding.shard_shape(s.shape)) * jax.dtypes.itemsize_bits(s.dtype) // 8
              for s in jax.tree.leaves(tree))

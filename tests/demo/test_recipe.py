@@ -10,7 +10,7 @@ from mgjax.data.samples import DataError
 from mgjax.data.sources import load_samples
 from mgjax.demo import recipe
 from mgjax.evaluate.answers import answer_first_questions
-from mgjax.infer.chat import load_chat
+from mgjax.infer.assistant import load
 from mgjax.infer.sampling import Sampling
 from mgjax.sharding import make_mesh
 
@@ -47,7 +47,10 @@ def test_answers_in_bulk_are_the_answers_of_a_chat(workdir):
   samples, _ = load_samples(data / "heldout.json")
   mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
   bulk = answer_first_questions(workdir / "stage2", samples, data, mesh, max_new_tokens=6, rows=4)
-  chat = load_chat(workdir / "stage2", sampling=Sampling(max_new_tokens=6))
+  model = load(workdir / "stage2", rows=2)
+  ask = [(data / s.images[0], s.turns[0][1].removeprefix("<image>\n")) for s in samples]
+  assert model.chat_batch(ask, max_new_tokens=6) == bulk
+  chat = model.conversation(Sampling(max_new_tokens=6))
   for sample, answer in zip(samples, bulk, strict=True):
     chat.clear()
     chat.attach(data / sample.images[0])

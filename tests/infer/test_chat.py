@@ -1,5 +1,10 @@
+import dataclasses
 import importlib.util
+import io
 import pathlib
+import re
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +13,14 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from mgjax.config import ClipVitConfig, DecoderConfig, ModelConfig
+from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.data.conversation import GPT, HUMAN, Template, get_template
 from mgjax.data.images import ImageError
 from mgjax.data.tokenizer import load_tokenizer
-from mgjax.infer.chat import Chat, TextStream, end_ids
+from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.text import TextStream, end_ids
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -82,11 +88,11 @@ def test_end_ids_are_eos_and_stops_of_one_token():
   assert end_ids(llama, Template("t", stop=("<|im_end|>",))) == (llama.eos_id,)
 
 
-@pytest.fixture(scope="module")
-def engine():
+def random_engine(max_length, buckets, **changes):
   vocab = load_tokenizer(CASES / "small_yi").vocab_size
   config = ModelConfig(vision=ClipVitConfig(28, 14, 16, 2, 2, 32), vision_hr=None, hr_size=56,
                        decoder=DecoderConfig(vocab, 32, 2, 4, 2, 8, 48))
+  config = dataclasses.replace(config, **changes)
   mesh = make_mesh(devices=jax.devices()[:1])
   with mesh_context(mesh):
     graphdef, state = nnx.split(nnx.eval_shape(
@@ -94,7 +100,17 @@ def engine():
   rng = np.random.RandomState(0)
   fill = lambda x: jnp.asarray(rng.randn(*x.shape) * x.shape[-1]**-0.5 + (len(x.shape) == 1))
   state = jax.tree.map(lambda x: fill(x).astype(x.dtype), state)
-  return Engine(nnx.merge(graphdef, state), mesh=mesh, max_length=256, buckets=(64, 128))
+  return Engine(nnx.merge(graphdef, state), mesh=mesh, max_length=max_length, buckets=buckets)
+
+
+@pytest.fixture(scope="module")
+def engine():
+  return random_engine(256, (64, 128))
+
+
+@pytest.fixture(scope="module")
+def hd_engine():
+  return random_engine(128, (64,), hr_size=112, grid=2, global_view=True)
 
 
 @pytest.fixture
@@ -105,18 +121,24 @@ def photo(tmp_path):
   return save
 
 
+def assistant(engine, template="chatml_direct"):
+  return Assistant(engine, load_tokenizer(CASES / "small_yi"), get_template(template), aspect="pad")
+
+
 def make_chat(engine, template="chatml_direct", tokens=8, **sampling):
-  return Chat(engine, load_tokenizer(CASES / "small_yi"), get_template(template), aspect="pad",
-              sampling=Sampling(max_new_tokens=tokens, **sampling))
+  return assistant(engine, template).conversation(
+      Sampling(max_new_tokens=tokens, **sampling), fit=False)
 
 
-def test_a_conversation_keeps_pictures_and_reads_only_what_is_new(engine, photo):
+def test_a_conversation_keeps_pictures_and_reads_only_what_is_new(engine, photo, monkeypatch):
+  answers, submit = [], engine.submit
+  monkeypatch.setattr(engine, "submit", lambda *a: answers.append(submit(*a)) or answers[-1])
   chat = make_chat(engine)
   chat.attach(photo())
   first = "".join(chat.ask(" What is it? "))
   assert chat.turns == ((HUMAN, "<image>\nWhat is it?"), (GPT, first))
   second = "".join(chat.ask("Sure?"))
-  assert chat._session.reused > 4  # the picture and the first question at least
+  assert answers[-1].reused > 4  # the picture and the first question at least
   chat.attach(photo("b.png", (0, 0, 250)))
   "".join(chat.ask("And this?"))
   assert [t.count("<image>") for _, t in chat.turns] == [1, 0, 0, 0, 1, 0]
@@ -175,7 +197,7 @@ def test_a_failure_leaves_the_conversation_as_it_was(engine, photo, monkeypatch)
   with monkeypatch.context() as patch:
     def fail(*_, **__):
       raise RuntimeError("out of memory")
-    patch.setattr(engine, "prefill", fail)
+    patch.setattr(engine.programs, "prefill", fail)
     with pytest.raises(RuntimeError):
       list(chat.ask("What is it?"))
   assert chat.turns == before
@@ -184,10 +206,9 @@ def test_a_failure_leaves_the_conversation_as_it_was(engine, photo, monkeypatch)
 
 
 def test_an_answer_fits_itself_into_what_is_left(engine):
-  chat = Chat(engine, load_tokenizer(CASES / "small_yi"), get_template("chatml_direct"),
-              aspect="pad", sampling=Sampling(max_new_tokens=999), fit=True)
+  chat = assistant(engine).conversation(Sampling(max_new_tokens=999))
   "".join(chat.ask("Hello"))
-  assert chat.cut and chat._session.reused == 0
+  assert chat.cut
   with pytest.raises(ValueError, match="start a new conversation$"):
     chat.ask("More?")
 
@@ -211,6 +232,34 @@ def test_bad_questions_change_nothing(engine, tmp_path):
   assert chat.turns == ()
 
 
+def test_what_was_read_is_hinted_at_with_every_question(engine, photo):
+  chat = make_chat(engine, tokens=2)
+  chat.attach(photo(), texts=["EXIT 42", "no <image> <|im_end|>", "Open"])
+  "".join(chat.ask("Which way?"))
+  chat.attach(photo("b.png"), texts=["Shut"])
+  chat.drop()
+  "".join(chat.ask("Sure?"))
+  chat.attach(photo("b.png"), texts=["Stop"])
+  "".join(chat.ask("And here?"))
+  hint = "\nReference OCR Token: EXIT 42, Open"
+  assert [text for role, text in chat.turns if role == HUMAN] == [
+      f"<image>\nWhich way?{hint}\n", f"Sure?{hint}\n", f"<image>\nAnd here?{hint}, Stop\n"]
+  chat.clear()
+  "".join(chat.ask("Hello"))
+  assert chat.turns[0] == (HUMAN, "Hello")
+
+
+def test_a_picture_of_an_hd_model_at_either_size(hd_engine, photo, monkeypatch):
+  prompts, generate = [], hd_engine.generate
+  monkeypatch.setattr(hd_engine, "generate", lambda *a: prompts.append(a[0]) or generate(*a))
+  chat = make_chat(hd_engine, tokens=1)
+  chat.attach(photo())
+  chat.attach(photo(), hd=False)
+  assert chat.waiting == 2
+  "".join(chat.ask("Alike?"))
+  assert [len(image) for image in prompts[0].images] == [20, 4] and chat.waiting == 0
+
+
 # launch/chat.py
 
 @pytest.fixture(scope="module")
@@ -230,8 +279,9 @@ def test_one_shot_prints_the_answer_alone(tool, engine, monkeypatch, capsys):
 
 
 def test_interactive(tool, engine, monkeypatch, capsys, photo):
-  lines = iter(["Hello", "", f"/image {photo()}", "/image none.png", "see <image>", "/what",
-                "And now?", "/clear", "Hello"])
+  lines = iter(["Hello", "", f"/image {photo()}", "/drop", f"/image '{photo()}'",
+                "/image none.png", "see <image>", "/what",
+                "And now?", "/image", "/clear", "/help", "Hello", "/exit", "never asked"])
   chat = make_chat(engine)
 
   def read(prompt):
@@ -246,10 +296,201 @@ def test_interactive(tool, engine, monkeypatch, capsys, photo):
   assert tool.main(["--checkpoint", "x"]) == 0
   out, err = capsys.readouterr()
   hello = "".join(make_chat(engine).ask("Hello"))
-  assert out.startswith(hello + "\n") and out.endswith(hello + "\n\n")
+  assert out.startswith(hello + "\n") and out.endswith(hello + "\n")
   assert len(chat.turns) == 2
-  errors = [e for e in err.splitlines()[1:] if not e.startswith("[cut")]
-  assert [e.split(":")[0] for e in errors] == ["error", "error", "unknown command /what"]
+  errors = [e for e in err.splitlines() if e.startswith("error")]
+  assert [e.split(" ")[1] for e in errors] == ["none.png:", "the", "unknown", "which"]
+  others = [e for e in err.splitlines() if not e.startswith(("error", "[cut"))]
+  assert others == ["[ask a question; /help lists the commands]",
+                    "[pictures for the next question: 1]",
+                    "[no picture waits for the next question]",
+                    "[pictures for the next question: 1]", "[a new conversation]",
+                    *tool.HELP.splitlines()]
+
+
+def test_ctrl_c_at_the_prompt_and_while_a_picture_is_read(tool, monkeypatch, capsys):
+  def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+  class Slow:
+    attach, clear = interrupt, lambda self: None
+
+  lines = iter([interrupt, lambda: "/image a.png", lambda: "/clear", lambda: "/exit"])
+  monkeypatch.setattr("builtins.input", lambda _: next(lines)())
+  monkeypatch.setattr(tool, "open_chat", lambda args: Slow())
+  assert tool.main(["--checkpoint", "x"]) == 0
+  out, err = capsys.readouterr()
+  assert out == "\n\n" and "[a new conversation]" in err
+
+
+class Screen(io.StringIO):
+  """A terminal."""
+
+  def isatty(self):
+    return True
+
+
+def shown(written, columns):
+  """The lines that a terminal shows; AssertionError where text would leave its line."""
+  lines, at, rest = [[]], 0, written
+  while rest:
+    c, rest = rest[0], rest[1:]
+    if c == "\033":
+      number, kind, rest = re.match(r"\[(\d*)([DK])(.*)", rest, re.DOTALL).groups()
+      if kind == "D":
+        at -= int(number)
+        assert at > 0
+      else:
+        del lines[-1][at:]
+    elif c == "\n":
+      lines.append([])
+      at = 0
+    else:
+      assert at == len(lines[-1])
+      wide = 2 if c in "東京都は大きい" else 1
+      lines[-1] += [c] + [""] * (wide - 1)
+      at += wide
+      assert at < columns
+  return ["".join(line) for line in lines]
+
+
+def test_words_are_wrapped_without_waiting_for_their_end(tool):
+  text = "The sign says that nobody may enter here.\n\n- incomprehensibilities are kept\n"
+  for size in (1, 3, 50):
+    wrapped, written = tool.Wrapped(16), []
+    for i in range(0, len(text), size):
+      written.append(wrapped.feed(text[i:i + size]))
+      assert text[i:i + size].rstrip()[-1:] == written[-1].rstrip()[-1:]  # nothing is held back
+    assert [line.rstrip() for line in shown("".join(written), 16)] == [
+        "The sign says", "that nobody may", "enter here.", "", "-", "incomprehensibi",
+        "lities are kept", ""]
+  wrapped = tool.Wrapped(8)
+  assert shown(wrapped.feed("a 東京都は大きい b"), 8) == ["a 東京", "都は大", "きい b"]
+  assert tool.Wrapped(80).feed("a\033[2Jb\tc\r") == "a[2Jb    c"  # a model moves no cursor
+
+
+def test_a_terminal_is_written_to_in_style(tool, monkeypatch):
+  class Talking:
+    cut = True
+
+    def ask(self, question):
+      yield from ("A long", " an", "swer")
+
+  screens = {}
+  for name, environment in (("colour", {}), ("none", {"NO_COLOR": "1"}),
+                            ("dumb", {"TERM": "dumb"})):
+    with monkeypatch.context() as patch:
+      patch.delenv("NO_COLOR", raising=False)
+      patch.setenv("TERM", "xterm")
+      patch.setenv("COLUMNS", "12")
+      for key, value in environment.items():
+        patch.setenv(key, value)
+      out, err = screens[name] = Screen(), Screen()
+      patch.setattr(sys, "stdout", out)
+      patch.setattr(sys, "stderr", err)
+      tool.say(Talking(), "?")
+      tool.complain("of two\nlines")
+      print(tool.prompt(), end="")
+  texts = {name: [screen.getvalue() for screen in pair] for name, pair in screens.items()}
+  wrapped = "A long answ\033[4D\033[K\nanswer\n"
+  assert texts["none"][0] == wrapped + "> " and texts["dumb"][0] == "A long answer\n> "
+  assert texts["colour"][0].startswith(wrapped) and "\033[1m" in texts["colour"][0]
+  assert texts["colour"][1].count("\033[") == 4
+  assert "error:\033[0m of two lines" in texts["colour"][1]
+  for name in ("none", "dumb"):
+    assert texts[name][1].splitlines() == [
+        "[cut: the answer reached the most tokens it may have]", "error: of two lines"]
+
+
+def test_what_was_typed_is_remembered(tool, monkeypatch, tmp_path):
+  readline = pytest.importorskip("readline")
+  saves = []
+  monkeypatch.setattr(tool, "HISTORY", tmp_path / "history")
+  monkeypatch.setattr(tool.atexit, "register", saves.append)
+  monkeypatch.setattr(sys, "stdin", Screen())
+  readline.clear_history()
+  tool.edit_lines()
+  readline.add_history("what is it?")
+  saves[0]()
+  readline.clear_history()
+  tool.edit_lines()
+  assert readline.get_history_item(1) == "what is it?"
+  readline.clear_history()
+
+
+def test_the_arguments_of_a_picture_reach_the_chat(tool, monkeypatch):
+  calls = []
+
+  class Chat:
+    def attach(self, path, **how):
+      calls.append((path, how))
+
+  monkeypatch.setattr("mgjax.infer.ocr.read_text", lambda path: ["EXIT"])
+  for options in ([], ["--no-hd"], ["--hd", "--ocr"]):
+    tool.attach(Chat(), "a.png", tool.arguments(["--checkpoint", "x", *options]))
+  assert calls == [("a.png", {"hd": True, "texts": ()}), ("a.png", {"hd": False, "texts": ()}),
+                   ("a.png", {"hd": True, "texts": ["EXIT"]})]
+
+
+def open_with(tool, engine, monkeypatch, *options):
+  monkeypatch.setattr("mgjax.infer.assistant.load", lambda *_, **__: assistant(engine))
+  return tool.main(["--checkpoint", "run", "--prompt", "Hi", "--max_new_tokens", "2", *options])
+
+
+def test_sizes_and_mining_that_the_model_has_not(tool, engine, hd_engine, monkeypatch, capsys,
+                                                 photo, tmp_path):
+  for options, message in (
+      (["--no-hd"], "run sees pictures at one size, 56 x 56"),
+      (["--hd"], "run sees pictures at one size, 56 x 56"),
+      (["--show-mining", "a.png"], "give one with --image"),
+      (["--image", str(photo()), "--show-mining", "a.gif"], "expected a .png file"),
+      (["--image", str(photo()), "--show-mining", str(tmp_path / "no" / "a.png")], "that exists"),
+      (["--image", str(photo()), "--show-mining", str(tmp_path / "m.png")], "has no mining")):
+    assert open_with(tool, engine, monkeypatch, *options) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err
+  assert not (tmp_path / "m.png").exists()
+  assert open_with(tool, hd_engine, monkeypatch, "--no-hd", "--image", str(photo())) == 0
+
+
+def test_show_mining_saves_a_picture_and_the_question_is_answered(tool, monkeypatch, capsys, photo,
+                                                                  tmp_path):
+  engine = random_engine(64, (32,), hr_size=64, vision_hr=ConvNextConfig((1,) * 4, (8,) * 4))
+  options = ["--image", str(photo()), "--show-mining", str(tmp_path / "m.png")]
+  assert open_with(tool, engine, monkeypatch, *options) == 0
+  out, err = capsys.readouterr()
+  assert out.count("\n") == 1 and err.startswith(f"[{tmp_path}/m.png: ")
+  with Image.open(tmp_path / "m.png") as image:
+    assert image.format == "PNG" and image.size == (64, 64)
+
+
+def test_ocr_without_its_package_is_told_before_loading(tool, monkeypatch, capsys, tmp_path):
+  from mgjax.infer import ocr
+  monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+  ocr.reader.cache_clear()
+  assert tool.main(["--checkpoint", str(tmp_path / "nowhere"), "--ocr", "--prompt", "Hi"]) == 2
+  out, err = capsys.readouterr()
+  assert "pip install -e '.[ocr]'" in err and err.count("\n") == 1 and not out
+
+
+def test_ctrl_c_amid_a_step_leaves_a_conversation_that_goes_on(tool, engine, monkeypatch, capsys):
+  decode, calls = engine.programs.decode, []
+
+  def interrupted(*args):
+    calls.append(None)
+    if len(calls) == 6:
+      signal.raise_signal(signal.SIGINT)
+    return decode(*args)
+
+  lines = iter(["Tell me", "Go on", "/exit"])
+  chat = make_chat(engine, tokens=12)
+  monkeypatch.setattr(engine.programs, "decode", interrupted)
+  monkeypatch.setattr("builtins.input", lambda _: next(lines))
+  monkeypatch.setattr(tool, "open_chat", lambda args: chat)
+  assert tool.main(["--checkpoint", "x"]) == 0
+  first, second = capsys.readouterr().out.splitlines()
+  assert first == f"{chat.turns[1][1]} [stopped]" and first != " [stopped]"
+  assert second == chat.turns[3][1] != ""
 
 
 def test_ctrl_c_stops_the_answer_only(tool, capsys):

@@ -46,7 +46,7 @@ def model(mesh):
 
 @pytest.fixture(scope="module")
 def engine(model, mesh):
-  return Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
+  return Engine(model, mesh=mesh, max_length=200, rows=4, buckets=BUCKETS)
 
 
 @pytest.fixture(scope="module")
@@ -110,90 +110,160 @@ def compilations():
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 60, 126])  # 126: decoding crosses a block of 128
 def test_decode_with_cache_is_the_full_forward(engine, model, mesh, images, length):
   prompt = make_prompt(length, length, images[:1] if length > 15 else ())
-  bucket = engine.bucket(length)
-  pad = lambda x, fill: np.pad(x, (0, bucket - length), constant_values=fill)[None]
-  cache = engine.empty_cache(1, 200)
-  step, cache = engine.prefill(
-      pad(prompt.tokens, 5), pad(prompt.visual_index, -1), [prompt.images], cache, slot=0,
-      first=np.zeros(1), last=length - 1, sampling=greedy(5))
+  programs, row = engine.programs, 2
+  padded = lambda x, fill: np.pad(x, (0, 128 - length), constant_values=fill)
+  step, cache = programs.prefill(
+      padded(prompt.tokens, 5), padded(prompt.visual_index, -1), prompt.images, *programs.empty(),
+      row=row, start=0, last=length - 1, sampling=greedy(5))
   scores, ids = [], []
-  for _ in range(5):
-    scores.append(np.asarray(step.logits[0]))
-    ids.append(int(step.token[0]))
-    step, cache = engine.decode(step, engine.settings(greedy(5)), cache)
+  for n in range(5):
+    scores.append(np.asarray(step.logits[row]))
+    ids.append(int(step.token[row]))
+    # Other rows are elsewhere, one of them in a later block.
+    step, cache = programs.decode(step, [7, 150, length + n, 0], cache)
   want = full_logits(model, mesh, longer(prompt, ids))[length - 1:-1]
   np.testing.assert_allclose(np.stack(scores), want, atol=1e-5)
   assert ids == want.argmax(-1).tolist()
   assert list(engine.generate(prompt, greedy(5))) == ids
 
 
-def test_a_new_turn_reads_only_what_is_new(engine, images):
-  session = engine.session()
+def run(engine, *asked):
+  """Answers to (prompt, sampling) pairs that are asked at once."""
+  answers = [engine.submit(*pair) for pair in asked]
+  while engine.step():
+    pass
+  return answers
+
+
+@pytest.fixture(scope="module")
+def alone(model, mesh):
+  """What an engine of one row answers that has read nothing before."""
+  one = Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
+
+  def answer(prompt, sampling):
+    one._forget()
+    return list(one.generate(prompt, sampling))
+  return answer
+
+
+def test_a_new_turn_reads_only_what_is_new(engine, alone, images):
   first = make_prompt(0, 30, images[:1])
-  answer = list(session.generate(first, greedy(6)))
-  second = longer(first, [*answer, 7, 8, 9])
-  got = list(session.generate(second, greedy(6)))
-  assert session.reused == 30 + 5  # the last token of an answer was never read
-  assert got == list(engine.generate(second, greedy(6)))
-  third = longer(second, [*got, 1])
-  assert list(session.generate(third, greedy(6))) == list(engine.generate(third, greedy(6)))
-  assert session.reused == len(second) + 5
+  [answer] = run(engine, (first, greedy(6)))
+  second = longer(first, [*answer.tokens, 7, 8, 9])
+  [got] = run(engine, (second, greedy(6)))
+  assert got.reused == 30 + 5  # the last token of an answer was never read
+  assert got.tokens == alone(second, greedy(6))
+  third = longer(second, [*got.tokens, 1])
+  [last] = run(engine, (third, greedy(6)))
+  assert last.tokens == alone(third, greedy(6)) and last.reused == len(second) + 5
 
 
-def test_a_history_that_changed_is_read_again_from_there(engine, images):
-  session = engine.session()
+def test_a_history_that_changed_is_read_again_from_there(model, mesh, images, alone):
+  engine = Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
   prompt = make_prompt(0, 40, images[:1])
-  list(session.generate(prompt, greedy(4)))
   tokens = prompt.tokens.copy()
   tokens[25] += 1
+  run(engine, (prompt, greedy(4)))
   for changed, reused in [
       (Prompt(tokens, prompt.visual_index, prompt.images), 25),   # another word
       (Prompt(tokens, prompt.visual_index, images[1:]), 2),       # another picture
       (make_prompt(0, 20, images[1:]), 19),                       # shorter; the last is always read
       (make_prompt(5, 12), 0)]:
-    assert list(session.generate(changed, greedy(4))) == list(engine.generate(changed, greedy(4)))
-    assert session.reused == reused
+    [answer] = run(engine, (changed, greedy(4)))
+    assert answer.tokens == alone(changed, greedy(4)) and answer.reused == reused
 
 
-def test_an_answer_that_was_stopped_leaves_the_session_sound(engine):
-  session = engine.session()
+def test_what_another_row_has_read_is_copied(engine, alone, images):
+  """Many questions about one picture, one of them while another is still being answered."""
+  begin = make_prompt(3, 50, images)
+  asked = [longer(begin, [n, n + 1]) for n in range(6)]
+  answers = run(engine, *((prompt, greedy(9)) for prompt in asked))
+  assert [a.tokens for a in answers] == [alone(p, greedy(9)) for p in asked]
+  assert [a.reused for a in answers[1:]] == [50] * 5
+
+
+def test_an_answer_that_was_stopped_frees_its_row_at_once(model, mesh, alone):
+  engine = Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
   prompt = make_prompt(1, 20)
-  answer = session.generate(prompt, greedy(20))
-  begun = [next(answer), next(answer)]
-  answer.close()
+  stream = engine.generate(prompt, greedy(20))
+  begun = [next(stream), next(stream)]
+  stream.close()
+  assert engine.growing == 0
   second = longer(prompt, [*begun, 4])
-  assert list(session.generate(second, greedy(5))) == list(engine.generate(second, greedy(5)))
-  assert session.reused == 22
+  [answer] = run(engine, (second, greedy(5)))
+  assert answer.tokens == alone(second, greedy(5)) and answer.reused == 22
+  waiting = [engine.submit(prompt, greedy(5)) for _ in range(3)]
+  engine.cancel(waiting[1])  # before it was begun
+  while engine.step():
+    pass
+  assert [a.ended for a in waiting] == ["length", "cancelled", "length"]
+  assert waiting[1].tokens == [] and engine.waiting == 0
 
 
-def test_an_interrupted_program_costs_only_the_cache(engine, monkeypatch):
-  session = engine.session()
+def test_an_interrupted_program_costs_only_the_cache(model, mesh, monkeypatch):
+  engine = Engine(model, mesh=mesh, max_length=200, buckets=BUCKETS)
   prompt = make_prompt(1, 20)
-  want = list(session.generate(prompt, greedy(5)))
+  want = list(engine.generate(prompt, greedy(5)))
   with monkeypatch.context() as patch:
-    patch.setattr(engine, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    patch.setattr(engine.programs, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    answer = engine.submit(longer(prompt, [3]), greedy(5))
     with pytest.raises(KeyboardInterrupt):
-      list(session.generate(longer(prompt, [3]), greedy(5)))
-  assert list(session.generate(prompt, greedy(5))) == want
-  assert session.reused == 0
+      while engine.step():
+        pass
+  assert answer.ended == "failed"
+  [again] = run(engine, (prompt, greedy(5)))
+  assert again.tokens == want and again.reused == 0
 
 
-def test_the_window_of_a_late_turn_stays_inside_the_cache(model, mesh, engine):
+def test_the_window_of_a_late_turn_stays_inside_the_cache(model, mesh, alone):
   # 100 are kept and 20 are new: a window of 64 from 100 on would end past the last of 128 slots.
   small = Engine(model, mesh=mesh, max_length=128, buckets=(64,))
-  session, prompt = small.session(), make_prompt(2, 100)
-  answer = list(session.generate(prompt, greedy(1)))
-  prompt = longer(prompt, [*answer, *range(19)])
-  assert list(session.generate(prompt, greedy(8))) == list(engine.generate(prompt, greedy(8)))
-  assert session.reused == 100
+  prompt = make_prompt(2, 100)
+  [answer] = run(small, (prompt, greedy(1)))
+  prompt = longer(prompt, [*answer.tokens, *range(19)])
+  [answer] = run(small, (prompt, greedy(8)))
+  assert answer.tokens == alone(prompt, greedy(8)) and answer.reused == 100
 
 
-def test_batch_equals_singles(engine, images):
-  # Two groups; in the second one a row begins behind a whole block of padding.
+def requests(images, n, seed):
+  """Prompts of all lengths, some with a beginning in common, and how to answer them."""
+  rng = np.random.RandomState(seed)
+  begin = make_prompt(99, 45, images[:1])
+  for i in range(n):
+    kind = rng.randint(3)
+    prompt = (make_prompt(rng.randint(10**6), rng.randint(1, 150)) if kind == 0 else
+              make_prompt(rng.randint(10**6), rng.randint(40, 150), images[:rng.randint(3)])
+              if kind == 1 else longer(begin, rng.randint(0, 97, rng.randint(1, 40))))
+    hot = dict(temperature=1.5, top_p=0.9, top_k=int(rng.randint(2) * 20), seed=i)
+    yield prompt, Sampling(max_new_tokens=rng.randint(1, 20), stop_ids=tuple(rng.randint(0, 97, 2)),
+                           **(hot if rng.randint(4) == 0 else {}))
+
+
+def check_continuous_batching(engine, alone, images, n, seed=0):
+  rng, answers, left = np.random.RandomState(seed), [], list(requests(images, n, seed))
+  while left or engine.growing or engine.waiting:
+    for _ in range(rng.poisson(0.4)):
+      if left:
+        answers.append(engine.submit(*left.pop()))
+    if answers and rng.rand() < 0.02:
+      engine.cancel(answers[rng.randint(len(answers))])
+    engine.step()
+  assert len(answers) == n and sum(a.ended == "cancelled" for a in answers) < n / 4
+  for a in answers:
+    want = alone(a.prompt, a.sampling)
+    assert a.tokens == (want[:len(a.tokens)] if a.ended == "cancelled" else want)
+    assert a.ended == "cancelled" or (a.ended == "stop") == (a.tokens[-1] in a.sampling.stop_ids)
+
+
+def test_answers_that_grow_together_are_those_that_grow_alone(engine, alone, images):
+  check_continuous_batching(engine, alone, images, 60)
+
+
+def test_batch_equals_singles(engine, images, alone):
   prompts = [make_prompt(0, 5), make_prompt(1, 50, images), make_prompt(2, 130),
              make_prompt(3, 12, images[1:]), make_prompt(4, 1), make_prompt(5, 60, images[:1])]
-  want = [list(engine.generate(p, greedy(6))) for p in prompts]
-  assert engine.generate_batch(prompts, greedy(6), rows=4) == want
+  want = [alone(p, greedy(6)) for p in prompts]
+  assert engine.generate_batch(prompts, greedy(6)) == want
   assert engine.generate_batch([], greedy(6)) == []
 
 
@@ -205,46 +275,44 @@ def test_stop_ids_end_an_answer_and_are_its_last_id(engine):
   want = [cut(ids) for ids in whole]
   assert {len(w) for w in want} != {12}
   assert [list(engine.generate(p, greedy(12, stop))) for p in prompts] == want
-  assert engine.generate_batch(prompts, greedy(12, stop), rows=4) == want
+  assert engine.generate_batch(prompts, greedy(12, stop)) == want
 
 
-def test_sampling_is_decided_by_the_seed(engine):
+def test_sampling_is_decided_by_the_seed(engine, alone):
   prompt = make_prompt(0, 20)
   hot = Sampling(temperature=2.0, max_new_tokens=12, seed=5)
   once = list(engine.generate(prompt, hot))
-  assert once == list(engine.generate(prompt, hot))
+  assert once == list(engine.generate(prompt, hot)) == alone(prompt, hot)
   assert once != list(engine.generate(prompt, dataclasses.replace(hot, seed=6)))
   assert once != list(engine.generate(prompt, greedy(12)))
-  session = engine.session()  # a kept prefix draws the same
-  list(session.generate(make_prompt(0, 20), greedy(3)))
-  assert list(session.generate(prompt, hot)) == once
 
 
 def test_nothing_is_compiled_beyond_the_buckets(model, mesh):
-  engine = Engine(model, mesh=mesh, max_length=100, buckets=BUCKETS)
+  engine = Engine(model, mesh=mesh, max_length=100, rows=2, buckets=BUCKETS)
   pixels = np.zeros((1, 56, 56, 3), np.uint8)
   image = engine.encode_images(pixels)
   for length in (10, 40):  # buckets 16 and 64
-    list(engine.generate(make_prompt(0, length, image), greedy(3)))
-  assert sorted(engine.compiled) == ["decode 1, 128 slots", "encode_images 1",
-                                     "prefill 1x16, 1 images, 128 slots",
-                                     "prefill 1x64, 1 images, 128 slots"]
+    for given in ((), image):
+      run(engine, *[(make_prompt(0, length, given), greedy(3))] * 2)
+  assert sorted(engine.programs.compiled) == [
+      "copy", "decode", "encode 1, 56", "prefill 16, 0 images", "prefill 16, 1 images",
+      "prefill 64, 0 images", "prefill 64, 1 images"]
   with compilations() as compiled:
     image = engine.encode_images(pixels + 1)
-    for length in (9, 15, 16, 17, 64):
+    for length in (9, 15, 16, 17, 64, 90):
       list(engine.generate(make_prompt(1, length), greedy(length % 5 + 1)))
       hot = Sampling(temperature=0.3 + length, top_p=0.5, top_k=length, seed=length,
                      max_new_tokens=4, stop_ids=(1, 2))
       list(engine.generate(make_prompt(2, length, image), hot))
-    session, prompt = engine.session(), make_prompt(3, 20, image)
+    prompt = make_prompt(3, 20, image)
     for _ in range(2):
-      answer = list(session.generate(prompt, greedy(4)))
+      answer = list(engine.generate(prompt, greedy(4)))
       prompt = longer(prompt, [*answer, *range(20)])
   assert not compiled
-  assert set(engine.compiled.values()) == {1}
+  assert set(engine.programs.compiled.values()) == {1}
   with compilations() as compiled:  # the watch itself works
-    list(engine.generate(make_prompt(0, 65), greedy(2)))
-  assert compiled and engine.compiled["prefill 1x100, 1 images, 128 slots"] == 1
+    list(engine.generate(make_prompt(0, 65, image * 2), greedy(2)))
+  assert compiled and engine.programs.compiled["prefill 64, 2 images"] == 1
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(engine, images):
@@ -255,7 +323,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(engine, images):
     engine.generate(fits, greedy(6))
   with pytest.raises(ValueError, match="prompt 1: 195 tokens"):
     engine.generate_batch([make_prompt(0, 3), fits], greedy(6))
-  with pytest.raises(ValueError, match="refers to 2 images, but 1 were given"):
+  with pytest.raises(ValueError, match="refers to 8 visual tokens, but its 1 images have 4"):
     engine.generate(dataclasses.replace(make_prompt(0, 30, images), images=images[:1]), greedy(1))
 
 

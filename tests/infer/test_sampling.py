@@ -8,11 +8,16 @@ from mgjax.infer.sampling import Sampling, keep_likely, sample
 _sample, _keep = jax.jit(sample), jax.jit(keep_likely)
 
 
-def draw(logits, n=4000, seed=0, temperature=1.0, top_p=1.0, top_k=0):
+def settings(n, temperature=1.0, top_p=1.0, top_k=0):
+  return (jnp.full(n, temperature, jnp.float32), jnp.full(n, top_p, jnp.float32),
+          jnp.full(n, top_k, jnp.int32))
+
+
+def draw(logits, n=4000, seed=0, **wanted):
   """n draws from one row of scores."""
   rows = jnp.tile(jnp.asarray(logits, jnp.float32), (n, 1))
-  return np.asarray(_sample(rows, jax.random.key(seed), jnp.float32(temperature),
-                            jnp.float32(top_p), jnp.int32(top_k)))
+  keys = jax.random.split(jax.random.key(seed), n)
+  return np.asarray(_sample(rows, keys, *settings(n, **wanted)))
 
 
 P = np.array([0.05, 0.5, 0.15, 0.3])
@@ -25,8 +30,8 @@ def shares(tokens):
 
 def test_zero_temperature_is_argmax():
   logits = np.random.RandomState(0).randn(64, 200).astype(np.float32)
-  got = _sample(jnp.asarray(logits), jax.random.key(0), jnp.float32(0), jnp.float32(0.5),
-                jnp.int32(3))
+  keys = jax.random.split(jax.random.key(0), 64)
+  got = _sample(jnp.asarray(logits), keys, *settings(64, 0.0, 0.5, 3))
   np.testing.assert_array_equal(got, logits.argmax(-1))
   assert got.dtype == jnp.int32
 
@@ -66,8 +71,20 @@ def test_sets_equal_those_of_sorting_on_a_large_vocabulary():
   order = np.argsort(-p)
   for top_p in (0.3, 0.9):
     kept = order[:np.searchsorted(np.cumsum(p[order]), top_p) + 1]
-    got = np.isfinite(_keep(jnp.asarray(logits)[None], jnp.float32(top_p), jnp.int32(0)))[0]
+    got = np.isfinite(_keep(jnp.asarray(logits)[None], *settings(1, top_p=top_p)[1:]))[0]
     np.testing.assert_array_equal(np.flatnonzero(got), np.sort(kept))
+
+
+def test_what_a_row_gives_depends_on_that_row_alone():
+  rng = np.random.RandomState(2)
+  logits, keys = jnp.asarray(rng.randn(6, 50) * 3), jax.random.split(jax.random.key(3), 6)
+  temperature = jnp.array([0, 1, 2, 0.5, 1, 0], jnp.float32)
+  top_p = jnp.array([1, 0.5, 1, 0.9, 1, 0.3], jnp.float32)
+  top_k = jnp.array([0, 0, 0, 7, 2, 1], jnp.int32)
+  together = _sample(logits, keys, temperature, top_p, top_k)
+  for i in range(6):
+    one = _sample(*(a[i:i + 1] for a in (logits, keys, temperature, top_p, top_k)))
+    assert one[0] == together[i]
 
 
 def test_seed_decides():

@@ -1,0 +1,28 @@
+"""Compiles before the first request what requests will need."""
+from __future__ import annotations
+
+import numpy as np
+
+from mgjax.infer.assistant import Assistant
+from mgjax.infer.engine import Prompt
+from mgjax.infer.sampling import Sampling
+
+
+def warm_up(assistant: Assistant) -> None:
+  """Reads a prompt of every length of window, without a picture and with one of every size, and
+  copies a row.  Other numbers of pictures are compiled when they first come.
+  """
+  engine, two = assistant.engine, Sampling(max_new_tokens=2)
+  for side in (None, *(engine.picture_sides if engine.config.vision else ())):
+    for bucket in engine.buckets:
+      length = min(bucket, engine.max_length - 2)
+      # Tokens and pictures of its own for each: what is known already would not be read.
+      text, index = np.full(length, bucket % assistant.tokenizer.vocab_size), np.full(length, -1)
+      images = engine.encode_images(np.zeros((1, side, side, 3), np.uint8)) if side else ()
+      if images:
+        shown = min(length - 1, len(images[0]))
+        index[:shown] = np.arange(shown)
+      engine.generate_batch([Prompt(text, index, images)], two)
+  if engine.rows > 1:  # a second answer to one prompt copies what the first has read
+    text = np.full(min(engine.buckets[0], engine.max_length - 2), 1)
+    engine.generate_batch([Prompt(text, np.full(len(text), -1))] * 2, two)
