@@ -28,7 +28,7 @@ _PREFILL = flags.DEFINE_bool(
 _DECODE = flags.DEFINE_bool(
     "decode", False, "compile the step that makes the next token instead")
 _ROWS = flags.DEFINE_integer(
-    "rows", 0, "prefill and decode: prompts at a time; 0: one a batch shard")
+    "rows", 0, "prefill and decode: answers that grow at once; 0: one a batch shard")
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "positions of the prompt, or slots of the cache; 0: config.data.max_length")
 _QUANTIZE = flags.DEFINE_string(

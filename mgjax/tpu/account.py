@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mgjax.config import ConfigError
-from mgjax.tpu.aot import DoesNotFit, Request, compile_whole, lower, requests, sketch
+from mgjax.tpu.aot import DoesNotFit, Generation, Request, compile_whole, lower, requests, sketch
 from mgjax.tpu.report import Report, report
 from mgjax.tpu.slices import SLICES, Slice, describe, parse_slice
 from mgjax.train.compiled import mesh_of
@@ -35,8 +35,8 @@ class Refusal:
     return dataclasses.asdict(self)
 
 
-def of_config(config: RunConfig, what: str, chosen: Slice, *, rows: int = 0, length: int = 0,
-              sketched: bool = False) -> list[Report | Refusal]:
+def of_config(config: RunConfig, what: str | Generation, chosen: Slice, *, rows: int = 0,
+              length: int = 0, sketched: bool = False) -> list[Report | Refusal]:
   """The programs of a config on a slice; see `aot.requests` for what, rows and length.
 
   Raises ConfigError if config and slice do not fit together otherwise.
