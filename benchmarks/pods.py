@@ -1,6 +1,6 @@
 """The table of docs/tpu.md: every preset and stage on the smallest slice that takes its batch.
 
-    python benchmarks/pods.py           # sketches: two hours on 2 cores; goes on where it stopped
+    python benchmarks/pods.py           # sketches: an hour or two on 2 cores; goes on where it stopped
     python benchmarks/pods.py --table   # print what stands in docs/pods.jsonl
 
 A row is found by trying slices from the smallest on; on the first that anything of TRIED fits, the
@@ -143,6 +143,7 @@ def table(rows: list[dict]) -> str:
       continue
     mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items()) or "1"
     flags, peak = " ".join(r["command"].split()[5:]), r["peak"] / 2**30
+    flags = flags.replace("--config.", "")
     lines.append(
         f"| {r['stage']} | {r['preset']} | {r['slice']} | {mesh} | {peak:.1f} | {r['step']:.2f} "
         f"| {r['mfu']:.0%} | {r['mfu_bound']:.0%} | {r['links'] / r['step']:.0%} "
