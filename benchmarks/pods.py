@@ -1,6 +1,6 @@
 """The table of docs/tpu.md: every preset and stage on the smallest slice that takes its batch.
 
-    python benchmarks/pods.py           # sketches: an hour or two on 2 cores; goes on where it stopped
+    python benchmarks/pods.py           # sketches: an hour or two; goes on where it stopped
     python benchmarks/pods.py --table   # print what stands in docs/pods.jsonl
 
 A row is found by trying slices from the smallest on; on the first that anything of TRIED fits, the
