@@ -17,6 +17,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "whil
          "domain", "async-start", "async-update", "async-done", "copy-done", "slice-done",
          "dynamic-slice-done", "send", "send-done", "recv", "recv-done"}
 _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
+# What reads a part of its first operand, and what writes a part of it in place: the operand that it
+# writes there.
+_PARTS = ("slice", "dynamic-slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Products of groups of rows, see models/grouped.py.
 _GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")
 # Custom calls that the compiler uses for bookkeeping.
@@ -159,16 +163,18 @@ def _pairs(size, taps, outputs, window) -> int:
 
 
 def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
-  """Bytes read from and written to HBM.  Of an operand of which a fusion takes a slice, the slice;
-  of one that it updates in place, the update."""
+  """Bytes read from and written to HBM.  Of an operand of which a part is taken, the part; of
+  one that is updated in place, the update."""
   operands = module.computations[computation]
   arrays = lambda name: operands[name].arrays if name in operands else ()
   if i.opcode in _COPIES:
     source, result = arrays(i.operands[0])[0], i.arrays[1]
     return result.bytes * (source.in_hbm + result.in_hbm)
   if i.opcode != "fusion":
-    if i.opcode == "dynamic-update-slice":
-      return 2 * arrays(i.operands[1])[0].bytes * i.arrays[0].in_hbm
+    if i.opcode in _UPDATES:
+      return 2 * arrays(i.operands[_UPDATES[i.opcode]])[0].bytes * i.arrays[0].in_hbm
+    if i.opcode in _PARTS:
+      return i.arrays[0].bytes * (i.arrays[0].in_hbm + arrays(i.operands[0])[0].in_hbm)
     return sum(a.bytes for a in i.arrays if a.in_hbm) + sum(
         a.bytes for name in i.operands for a in arrays(name) if a.in_hbm)
   body = module.computations[i.called()[0]]
@@ -180,7 +186,8 @@ def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
   leaves = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
   for array, leaf in zip(i.arrays, leaves):
     leaf = _behind_bitcasts(body, leaf)
-    written = (body[leaf.operands[1]].arrays[0] if leaf.opcode == "dynamic-update-slice" else array)
+    written = (body[leaf.operands[_UPDATES[leaf.opcode]]].arrays[0] if leaf.opcode in _UPDATES
+               else array)
     total += written.bytes * array.in_hbm
   return total
 
@@ -200,9 +207,9 @@ def _read(module, body, parameter, array) -> float:
         continue
       if user.opcode == "bitcast":
         names.append(user.name)
-      elif user.opcode in ("dynamic-slice", "slice"):
+      elif user.opcode in _PARTS and user.operands[0] == name:
         seen += user.arrays[0].bytes
-      elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+      elif user.opcode in _UPDATES and user.operands[0] == name:
         pass
       elif user.opcode == "fusion":
         inside = module.computations[user.called()[0]]

@@ -87,6 +87,21 @@ def test_what_a_product_costs(module):
   assert price.compiler == pytest.approx(3000 / 1.5e9)
 
 
+def test_of_what_is_cut_out_or_written_into_only_that_part_is_moved():
+  text = TEXT.replace("  %one = s32[] constant(1)\n", """  %cache = bf16[8,1024,128]{2,1,0} parameter(1)
+  %at = s32[8,1]{1,0} parameter(2)
+  %new = bf16[8,128]{1,0} parameter(3)
+  %part = bf16[1,1024,128]{2,1,0} slice(%cache), slice={[0:1],[0:1024],[0:128]}
+  %picked = bf16[8,128]{1,0} gather(%cache, %at), offset_dims={1}
+  %written = bf16[8,1024,128]{2,1,0} scatter(%cache, %at, %new), to_apply=%add
+  %one = s32[] constant(1)
+""")
+  module = hlo.parse(text)
+  moved = lambda name: ops.hbm_bytes(module, *found(module, name))
+  assert moved("part") == 2 * 2 * 1024 * 128
+  assert moved("picked") == moved("written") == 2 * 2 * 8 * 128
+
+
 def test_what_is_no_product_takes_as_long_as_the_compiler_says(module):
   computation, add = found(module, "next")
   added = hlo.Instruction(add.name, add.arrays, add.opcode, add.operands, add.argument,
