@@ -280,6 +280,7 @@ def on_eight_devices():
       assert values.addressable_shards[0].data.size * mesh.size == values.size
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same():
   here = pathlib.Path(__file__)
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
