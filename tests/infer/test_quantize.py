@@ -1,14 +1,11 @@
 """Integers against the matrices that they stand for, and engines of quantised models and caches."""
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from flax import nnx
 
 from mgjax.checkpoint import abstract_params
@@ -282,8 +279,4 @@ def on_eight_devices():
 
 @pytest.mark.slow
 def test_eight_devices_give_the_same():
-  here = pathlib.Path(__file__)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                      "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
-  subprocess.run([sys.executable, "-c", "import test_quantize; test_quantize.on_eight_devices()"],
-                 env=env, check=True)
+  several_devices.run(__file__, "on_eight_devices", 8)

@@ -1,14 +1,11 @@
 """The mixture of experts against every expert computed for every token."""
 import dataclasses
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from flax import nnx
 
 from mgjax.config import DecoderConfig
@@ -67,11 +64,7 @@ def on_four_devices():
 
 
 def test_four_devices_give_the_same():
-  here = pathlib.Path(__file__)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-                      "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
-  subprocess.run([sys.executable, "-c", "import test_moe; test_moe.on_four_devices()"],
-                 env=env, check=True)
+  several_devices.run(__file__, "on_four_devices", 4)
 
 
 def test_balance_loss_counts_real_tokens_of_all_layers():

@@ -1,15 +1,12 @@
 """The two ends of the decoder: the loss that never forms all scores, and the lookup of tokens, both
 against the plain form."""
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several_devices
 from test_flops import operations
 
 from mgjax.models.lookup import lookup
@@ -128,8 +125,4 @@ def on_eight_devices():
 
 
 def test_eight_devices_give_the_same():
-  here = pathlib.Path(__file__)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                      "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
-  subprocess.run([sys.executable, "-c", "import test_loss; test_loss.on_eight_devices()"],
-                 env=env, check=True)
+  several_devices.run(__file__, "on_eight_devices", 8)
