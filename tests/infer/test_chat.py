@@ -7,11 +7,9 @@ import signal
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
+from tiny_models import random_model
 
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.data.conversation import GPT, HUMAN, Template, get_template
@@ -21,8 +19,7 @@ from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
 from mgjax.infer.sampling import Sampling
 from mgjax.infer.text import TextStream, end_ids
-from mgjax.models.mini_gemini import MiniGemini
-from mgjax.sharding import make_mesh, mesh_context
+from mgjax.sharding import make_mesh
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 CASES = REPO / "tests" / "data" / "cases"
@@ -94,13 +91,7 @@ def random_engine(max_length, buckets, **changes):
                        decoder=DecoderConfig(vocab, 32, 2, 4, 2, 8, 48))
   config = dataclasses.replace(config, **changes)
   mesh = make_mesh(devices=jax.devices()[:1])
-  with mesh_context(mesh):
-    graphdef, state = nnx.split(nnx.eval_shape(
-        lambda: MiniGemini(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-  rng = np.random.RandomState(0)
-  fill = lambda x: jnp.asarray(rng.randn(*x.shape) * x.shape[-1]**-0.5 + (len(x.shape) == 1))
-  state = jax.tree.map(lambda x: fill(x).astype(x.dtype), state)
-  return Engine(nnx.merge(graphdef, state), mesh=mesh, max_length=max_length, buckets=buckets)
+  return Engine(random_model(config, mesh), mesh=mesh, max_length=max_length, buckets=buckets)
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,19 @@ import zlib
 
 import httpx2 as httpx
 import jax
-import jax.numpy as jnp
-import numpy as np
 import openai
-from flax import nnx
 from PIL import Image
+from tiny_models import random_model
 
 from mgjax.config import ClipVitConfig, DecoderConfig, ModelConfig
 from mgjax.data.conversation import get_template
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
-from mgjax.models.mini_gemini import MiniGemini
 from mgjax.serve.app import make_app
 from mgjax.serve.limits import Limits
 from mgjax.serve.server import listen, make_server
-from mgjax.sharding import make_mesh, mesh_context
+from mgjax.sharding import make_mesh
 
 CASES = pathlib.Path(__file__).resolve().parents[1] / "data" / "cases"
 
@@ -38,13 +35,7 @@ def tiny_assistant(rows=3, max_length=256, buckets=(64, 128)):
                        grid=2, global_view=True,
                        decoder=DecoderConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48))
   mesh = make_mesh(devices=jax.devices()[:1])
-  with mesh_context(mesh):
-    graphdef, state = nnx.split(nnx.eval_shape(
-        lambda: MiniGemini(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-  rng = np.random.RandomState(0)
-  fill = lambda x: jnp.asarray(rng.randn(*x.shape) * x.shape[-1]**-0.5 + (len(x.shape) == 1))
-  state = jax.tree.map(lambda x: fill(x).astype(x.dtype), state)
-  engine = Engine(nnx.merge(graphdef, state), mesh=mesh, max_length=max_length, buckets=buckets,
+  engine = Engine(random_model(config, mesh), mesh=mesh, max_length=max_length, buckets=buckets,
                   rows=rows)
   return Assistant(engine, tokenizer, get_template("chatml_direct"), aspect="pad", name="tiny")
 
