@@ -15,7 +15,7 @@ from flax import nnx
 from mgjax.checkpoint import LoadedModel, load_model
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.infer.cache import empty_cache, extend, rounded_slots, with_unstacked_blocks
-from mgjax.infer.quantize import quantize
+from mgjax.infer.quantize import load_quantized
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -83,10 +83,9 @@ def main():
   print(f"{'':18}{'decoder':>12}{'perplexity':>12}{'largest difference of a score':>32}")
   with mesh_context(mesh):
     for variant in VARIANTS:
-      loaded = load_model(args.checkpoint, mesh, dtype=dtype)  # quantising changes the model
+      loaded = (load_quantized(args.checkpoint, mesh, dtype=dtype, name=variant.quantize)
+                if variant.quantize else load_model(args.checkpoint, mesh, dtype=dtype))
       windows = read_windows(loaded, text, args.length)
-      if variant.quantize:
-        quantize(loaded.model, variant.quantize)
       scores = scores_of(loaded.model, jnp.dtype(variant.cache_dtype or dtype))
       total, here = 0.0, None
       for n, ids in enumerate(windows):

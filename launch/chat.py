@@ -58,6 +58,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   add("--max_length", type=int, metavar="N",
       help="longest conversation in tokens (default: that of the training)")
   add("--seed", type=int, default=0, help="of the random draws (default: 0)")
+  add("--quantize", choices=("int8", "int4"), help="weights in fewer bytes (default: as saved)")
+  add("--cache_dtype", choices=("int8", "bfloat16", "float32"),
+      help="keys and values in fewer bytes (default: as the model)")
   add("--template", metavar="NAME", help="conversation template; default: that of the training")
   return parser.parse_args(argv)
 
@@ -80,7 +83,8 @@ def open_chat(args: argparse.Namespace):
     check_show_mining(args)
   # Orbax warns that it leaves out the position in the training data: that is as it should be.
   logging.getLogger("absl").setLevel(logging.ERROR)
-  model = load(args.checkpoint, template=args.template, max_length=args.max_length, step=args.step)
+  model = load(args.checkpoint, template=args.template, max_length=args.max_length, step=args.step,
+               quantize=args.quantize, cache_dtype=args.cache_dtype)
   sides = model.engine.picture_sides
   if args.hd is not None and len(sides) == 1:
     raise ValueError(f"--hd and --no-hd are for HD models; {args.checkpoint} sees pictures at one "

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,13 @@ class LoadedModel:
   max_length: int
 
 
-def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedModel:
+def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16,
+               leave: Callable[[str], bool] = lambda path: False) -> LoadedModel:
   """A trained model ready to answer, its parameters in `dtype` on `mesh`.  Call it inside
-  `mesh_context(mesh)`.  Raises CheckpointError."""
+  `mesh_context(mesh)`.  Raises CheckpointError.
+
+  leave: tells by their path which parameters are not read; they are ShapeDtypeStructs then.
+  """
   step_dir, run = read_run(path)
   workdir = step_dir.parent.parent
   if run["objective"] != "language":
@@ -289,7 +294,8 @@ def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16) -> LoadedMod
                                        mesh)
   wanted = {k: jax.ShapeDtypeStruct(v.shape, dtype, sharding=v.sharding)
             for k, v in trees.flatten(abstract).items()}
-  params = trees.unflatten(load_params(step_dir, wanted))
+  read = load_params(step_dir, {k: v for k, v in wanted.items() if not leave(k)})
+  params = trees.unflatten(wanted | read)
   data = run["data"]
   return LoadedModel(
       model=nnx.merge(graphdef, params), config=config, tokenizer_dir=workdir / TOKENIZER,

@@ -27,8 +27,7 @@ from mgjax.data.tokenizer import Tokenizer, load_tokenizer
 from mgjax.infer.cache import check_cache_dtype
 from mgjax.infer.chat import Chat
 from mgjax.infer.engine import Engine, Prompt
-from mgjax.infer.quantize import check_format
-from mgjax.infer.quantize import quantize as quantize_model
+from mgjax.infer.quantize import check_format, load_quantized
 from mgjax.infer.sampling import Sampling
 from mgjax.infer.text import end_ids, finished_text
 from mgjax.sharding import make_mesh, mesh_context
@@ -153,9 +152,8 @@ def load(checkpoint: str | os.PathLike, *, template: str | None = None,
   mesh = make_mesh({"tensor": ways, "fsdp": -1})
   with mesh_context(mesh):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    loaded = load_model(checkpoint, mesh, dtype=dtype)
-    if quantize:
-      quantize_model(loaded.model, quantize)
+    loaded = (load_quantized(checkpoint, mesh, dtype=dtype, name=quantize) if quantize else
+              load_model(checkpoint, mesh, dtype=dtype))
   tokenizer, vocabulary = load_tokenizer(loaded.tokenizer_dir), loaded.config.decoder.vocab_size
   if tokenizer.vocab_size > vocabulary:
     raise ValueError(f"{loaded.tokenizer_dir} has {tokenizer.vocab_size} entries, the model "

@@ -1,8 +1,8 @@
 """What runs on the devices: pictures to visual tokens, prompts and tokens into the cache.
 
-Every program is compiled once: `encode` for each number of pictures (rounded up to a power of two),
-`prefill` for each length of window and number of pictures, `decode` and `copy` once.  Settings such
-as the temperature are arguments, not programs.
+Every program is compiled once: `encode` for each number of pictures (rounded up to a power of two)
+and their size, `prefill` for each length of window, `show` for each of these and size of a picture,
+`decode` and `copy` once.  Settings such as the temperature are arguments, not programs.
 """
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Programs:
     self.rows, self.slots = -(-rows // self.together) * self.together, rounded_slots(slots)
     self.compiled: collections.Counter[str] = collections.Counter()  # program -> times compiled
     self._cache_dtype = check_cache_dtype(cache_dtype or model.dtype)
-    self._blanks: dict[int, jax.Array] = {}  # they round the number of pictures up
+    self._blanks: dict[int, jax.Array] = {}  # windows that show nothing
     with mesh_context(mesh):
       model = nnx.merge(*nnx.split(model))  # new module objects around the same arrays
       model.decoder = with_unstacked_blocks(model.decoder)
@@ -65,6 +65,7 @@ class Programs:
       # A flat list: taking an nnx state apart at every token would cost more than the dispatch.
       self._params, self._treedef = jax.tree.flatten(params)
     self._encode = jax.jit(self._encode_program)
+    self._show = jax.jit(self._show_program, out_shardings=self._replicated)
     self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
     self._decode = jax.jit(self._decode_program, donate_argnames="cache")
     self._copy = jax.jit(self._copy_program, donate_argnames="cache")
@@ -84,13 +85,19 @@ class Programs:
     visual = model.encode_images(pixels)
     return tuple(visual[i] for i in range(len(pixels)))
 
-  def _prefill_program(self, params, tokens, visual_index, images, row, start, last, seed,
-                       settings, step, cache):
-    self.compiled[f"prefill {len(tokens)}, {len(images)} images"] += 1
+  def _show_program(self, window, image, index):
+    """The window [L, D] with the visual tokens [T, D] where index [L] is one of theirs."""
+    self.compiled[f"show {len(window)}, {len(image)}"] += 1
+    own = (index >= 0) & (index < len(image))
+    return jnp.where(own[:, None], image[jnp.where(own, index, 0)], window)
+
+  def _prefill_program(self, params, tokens, is_visual, shown, row, start, last, seed, settings,
+                       step, cache):
+    self.compiled[f"prefill {len(tokens)}"] += 1
     model = self._model(params)
     spread = lambda x: jnp.broadcast_to(x, (self.together, *x.shape[1:]))
-    visual = jnp.concatenate(images) if images else jnp.zeros((0, self.config.decoder.width))
-    x = model.place(spread(tokens[None]), spread(visual_index[None]), spread(visual[None]))
+    text = model.decoder.embed(spread(tokens[None]))                             # [B, L, D]
+    x = jnp.where(is_visual[:, None], shown.astype(text.dtype), text)
     of_row = lambda a: spread(jax.lax.dynamic_slice_in_dim(a, row, 1))
     x, read = extend(model.decoder, x, jnp.full(self.together, start),
                      jax.tree.map(of_row, cache))
@@ -154,13 +161,14 @@ class Programs:
               step: Step, cache: Cache, *, row: int, start: int, last: int,
               sampling: Sampling) -> tuple[Step, Cache]:
     """Reads a padded window [L] into the slots of a row from `start` on, and draws the token after
-    its real position `last`.  visual_index counts through the images as they are given here."""
-    visual_index, images = self._arranged(np.asarray(visual_index, np.int32), images)
+    its real position `last`.  visual_index counts through the images."""
+    visual_index = np.asarray(visual_index, np.int32)
+    shown = self._shown(visual_index, images)
     settings = (np.float32(sampling.temperature), np.float32(sampling.top_p),
                 np.int32(sampling.top_k))
     with mesh_context(self.mesh):
       return self._prefill(
-          self._params, self._put(np.asarray(tokens, np.int32)), self._put(visual_index), images,
+          self._params, *map(self._put, (np.asarray(tokens, np.int32), visual_index >= 0)), shown,
           *map(self._put, (np.int32(row), np.int32(start), np.int32(last),
                            np.uint32(sampling.seed), settings)), step, cache=cache)
 
@@ -185,23 +193,25 @@ class Programs:
   # Of a model made of ShapeDtypeStructs, to be compiled ahead of time.
 
   def lower_prefill(self, length: int) -> jax.stages.Lowered:
-    """Of a prompt of that length with a picture."""
+    """Of a prompt of that length."""
     number, window = self._shape((), jnp.int32), self._shape((length,), jnp.int32)
-    image = self._shape((max(1, self.config.visual_tokens), self.config.decoder.width), self.dtype)
+    is_visual = self._shape((length,), jnp.bool)
+    shown = self._shape((length, self.config.decoder.width), self.dtype)
     settings = tuple(self._shape((), d) for d in (jnp.float32, jnp.float32, jnp.int32))
-    step, cache = self._shapes()
+    step, cache = self.shapes()
     with mesh_context(self.mesh):
-      return self._prefill.lower(self._params, window, window, (image,), number, number, number,
+      return self._prefill.lower(self._params, window, is_visual, shown, number, number, number,
                                  self._shape((), jnp.uint32), settings, step, cache=cache)
 
   def lower_decode(self) -> jax.stages.Lowered:
     """Of one more token of every row."""
-    step, cache = self._shapes()
+    step, cache = self.shapes()
     with mesh_context(self.mesh):
       return self._decode.lower(self._params, step, self._shape((self.rows,), jnp.int32),
                                 cache=cache)
 
-  def _shapes(self):
+  def shapes(self) -> tuple[Step, Cache]:
+    """ShapeDtypeStructs of what `empty` gives."""
     with mesh_context(self.mesh):
       step, cache = jax.eval_shape(self._empty_program)
     lay = lambda a: self._shape(a.shape, a.dtype, *cache_axes(a.ndim))
@@ -213,26 +223,20 @@ class Programs:
   def _put(self, x):
     return jax.device_put(x, self._replicated)
 
-  def _arranged(self, visual_index, images):
-    """Images of one length together, their number rounded up, so that few programs serve all."""
-    moved, arranged, at = {}, [], 0
-    for length in sorted({len(image) for image in images}):
-      own = [i for i, image in enumerate(images) if len(image) == length]
-      for n, i in enumerate(own):
-        moved[i] = at + n * length + np.arange(length)
-      whole = power_of_two(len(own))
-      arranged += [images[i] for i in own] + [self._blank(length)] * (whole - len(own))
-      at += whole * length
-    places = np.concatenate([moved[i] for i in range(len(images))]) if images else np.zeros(1)
-    text = visual_index < 0
-    index = np.where(text, -1, places[np.where(text, 0, visual_index)])
-    return index.astype(np.int32), tuple(arranged)
-
-  def _blank(self, length):
+  def _shown(self, visual_index: np.ndarray, images: Sequence[jax.Array]) -> jax.Array:
+    """The visual tokens of a window: [L, D] for visual_index [L]."""
+    length = len(visual_index)
     if length not in self._blanks:
-      with mesh_context(self.mesh):
-        self._blanks[length] = jnp.zeros((length, self.config.decoder.width), self.dtype)
-    return self._blanks[length]
+      blank = jnp.zeros((length, self.config.decoder.width), self.dtype)
+      self._blanks[length] = self._put(blank)
+    shown, at = self._blanks[length], 0
+    for image in images:
+      own = visual_index - at
+      if ((own >= 0) & (own < len(image))).any():
+        with mesh_context(self.mesh):
+          shown = self._show(shown, image, self._put(own))
+      at += len(image)
+    return shown
 
   @functools.cached_property
   def _replicated(self):

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from mgjax.checkpoint import LoadedModel, load_model, load_params
 from mgjax.infer.cache import with_unstacked_blocks
 from mgjax.models.layers import Dense
 from mgjax.models.mini_gemini import MiniGemini
@@ -163,12 +167,26 @@ class QuantizedExperts(Experts):
     return constrain(jnp.sum(y, axis=0).reshape(x.shape), "batch", "seq", "act_embed"), scores
 
 
-def quantize(model: MiniGemini, name: str) -> None:
+# Paths of the parameters that `quantize` takes.
+MATRICES = re.compile(r"decoder/(blocks/([^/]+/kernel|experts/(gate|up|down))|head/kernel)")
+
+
+def load_quantized(path: str | os.PathLike, mesh: Mesh, *, dtype, name: str) -> LoadedModel:
+  """As `checkpoint.load_model`, quantised.  Matrices are read as they are needed, the same of all
+  layers at a time, so that the float model never lies on the devices."""
+  loaded = load_model(path, mesh, dtype=dtype, leave=MATRICES.fullmatch)
+  quantize(loaded.model, name, lambda key, shape: load_params(path, {key: shape})[key])
+  return loaded
+
+
+def quantize(model: MiniGemini, name: str,
+             read: Callable[[str, jax.ShapeDtypeStruct], jax.Array] | None = None) -> None:
   """Quantises the decoder of a model in place; its layers are a list then, as the engine's are.
 
   One matrix of one layer is computed at a time, and the float stack of a matrix is let go when its
-  layers are done, so that, where nothing else holds it, the device never has much more than the
-  float model.  A model of ShapeDtypeStructs stays one.  Call it inside the mesh.
+  layers are done.  A model of ShapeDtypeStructs stays one.  Call it inside the mesh.
+
+  read: what lies at a path of MATRICES, where the model has only its shape.
 
   ValueError for a name that is not in FORMATS, and for a model that is quantised already.
   """
@@ -176,31 +194,32 @@ def quantize(model: MiniGemini, name: str) -> None:
   decoder = model.decoder
   if isinstance(decoder.blocks, nnx.List):
     raise ValueError("quantize: the layers of this model are a list, it is quantised already")
+  def taken(module, key, path):
+    """The array of a parameter, which the module has no more."""
+    array = getattr(module, key).get_value()
+    setattr(module, key, nnx.data(None))
+    return read(path, array) if read else array
+
   make = functools.partial(_matrices, dtype=decoder.dtype)
   blocks, layers, experts = decoder.blocks, {}, {}
   for key in [k for k, part in vars(blocks).items() if isinstance(part, Dense)]:
     axes = getattr(blocks, key).axes
-    layers[key] = make(_taken(getattr(blocks, key), "kernel"), name, axes)
+    layers[key] = make(taken(getattr(blocks, key), "kernel", f"decoder/blocks/{key}/kernel"), name,
+                       axes)
   if decoder.config.experts:
     for key, axes in (("gate", ("expert", "embed", "mlp")), ("up", ("expert", "embed", "mlp")),
                       ("down", ("expert", "mlp", "embed"))):
-      experts[key] = make(_taken(blocks.experts, key), name, axes)
+      experts[key] = make(taken(blocks.experts, key, f"decoder/blocks/experts/{key}"), name, axes)
   decoder.blocks = with_unstacked_blocks(decoder).blocks
   for i, block in enumerate(decoder.blocks):
     for key, matrices in layers.items():
       setattr(block, key, matrices[i])
     if experts:
       block.experts = QuantizedExperts(block.experts, **{k: m[i] for k, m in experts.items()})
-  head = decoder.embedding.get_value() if decoder.head is None else _taken(decoder.head, "kernel")
-  decoder.head = _matrix(head, "int8", ("embed", "vocab"), decoder.dtype,
-                         transposed=decoder.head is None)
-
-
-def _taken(module: nnx.Module, key: str) -> jax.Array:
-  """The array of a parameter, which the module has no more."""
-  array = getattr(module, key).get_value()
-  setattr(module, key, nnx.data(None))
-  return array
+  tied = decoder.head is None
+  head = decoder.embedding.get_value() if tied else taken(decoder.head, "kernel",
+                                                          "decoder/head/kernel")
+  decoder.head = _matrix(head, "int8", ("embed", "vocab"), decoder.dtype, transposed=tied)
 
 
 def _matrices(stack, name, axes, dtype):

@@ -10,7 +10,7 @@ from mgjax.infer.sampling import Sampling
 
 def warm_up(assistant: Assistant) -> None:
   """Reads a prompt of every length of window, without a picture and with one of every size, and
-  copies a row.  Other numbers of pictures are compiled when they first come.
+  copies a row: no request needs another program.
   """
   engine, two = assistant.engine, Sampling(max_new_tokens=2)
   for side in (None, *(engine.picture_sides if engine.config.vision else ())):

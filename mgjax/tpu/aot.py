@@ -22,6 +22,7 @@ from mgjax.config import ConfigError
 from mgjax.data.mixtures import Fill, fill, of_data
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import batch_arrays
+from mgjax.infer.cache import BLOCK
 from mgjax.infer.programs import Programs
 from mgjax.infer.quantize import quantize
 from mgjax.sharding import batch_shards, check_heads, mesh_context
@@ -66,7 +67,11 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A program on its mesh, what its mathematics needs (FLOPs over all chips), and what it takes in
-  a run: positions, images, and the bytes a chip of each part of its arguments."""
+  a run: positions, images, and the bytes a chip of each part of its arguments.
+
+  reads: bytes a chip that a decode step must read, weights and full cache; 0: another program.
+  loops: as in `roofline.estimate`, blocks of a full cache.
+  """
 
   what: str
   mesh: dict[str, int]
@@ -75,6 +80,8 @@ class Program:
   images: int
   arguments: dict[str, int]
   fill: Fill | None = None  # of the rows, by the paper's mixture, where the config's data are that
+  reads: int = 0
+  loops: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +169,17 @@ def _generation(config, request, mesh):
       lowered, told = programs.lower_decode(), f"{rows} rows, {length} slots"
       positions, pairs = rows, rows * length
   flops = model_flops(config, Work(positions, pairs, 0, config.model.hr_size))
+  weights, cache = bytes_a_chip(nnx.state(model)), bytes_a_chip(programs.shapes()[1])
   return Program(f"{wanted}, {told}", dict(mesh.shape), sum(flops.forward.values()), positions, 0,
-                 {"params": bytes_a_chip(nnx.state(model))}), lowered
+                 {"params": weights, "batch": cache},
+                 reads=_read_weights(model.decoder) + cache if wanted.program == "decode" else 0,
+                 loops=-(-length // BLOCK)), lowered
+
+
+def _read_weights(decoder) -> int:
+  """Bytes a chip that one token needs; of a table that is not the head as well, next to none."""
+  table = decoder.embedding.get_value() if decoder.head is not None else ()
+  return bytes_a_chip(nnx.state(decoder)) - bytes_a_chip(table)
 
 
 def compile_whole(program: Program, lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:

@@ -88,9 +88,9 @@ class Module:
   computations: dict[str, dict[str, Instruction]]   # by name, in the order of the schedule
   entry: str
 
-  def trip_count(self, loop: Instruction) -> int:
+  def trip_count(self, loop: Instruction, unknown: int = 1) -> int:
     """How often a while loop runs its body: `known_trip_count`, else read off its condition, which
-    compares a counter that begins at 0 with a constant.  1 if it cannot be told."""
+    compares a counter that begins at 0 with a constant.  `unknown` if it cannot be told."""
     known = re.search(r'known_trip_count[^}]*?"?n"?[:=]\s*"?(\d+)', loop.attributes)
     if known:
       return int(known[1])
@@ -106,7 +106,7 @@ class Module:
     direction = root.attribute("direction")
     if root.opcode == "compare" and limits and direction in ("LT", "LE", "NE", "GT"):
       return max(limits) + (direction == "LE")
-    return 1
+    return unknown
 
 
 def parse(text: str) -> Module:

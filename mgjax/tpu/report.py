@@ -51,6 +51,7 @@ class Report:
   compiled_flops: float       # a chip
   kernel_flops: float         # of these in Pallas kernels
   hbm_bytes: float
+  reads: int                  # of these what a decode step must: weights and a full cache
   collectives: tuple[dict[str, Any], ...]
   products: float
   core: float
@@ -89,16 +90,16 @@ def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> R
   chip, chips = chip_of_slice(chosen), chosen.chips
   # Tokens spread evenly over experts are assumed: then so much of the room for rows is filled.
   guess = estimate(hlo.parse(compiled.text), chip, links.Network(mesh, chosen, chip),
-                   1 / min(mesh.shape["expert"], EVEN_SHARES))
+                   1 / min(mesh.shape["expert"], EVEN_SHARES), program.loops)
   factor = (WHOLE if compiled.whole else SKETCH)[chosen.generation]
   needed, step = program.model_flops / chips, max(guess.expected * factor, guess.bound)
   return Report(
       program.what, chosen.name, chips, {a: n for a, n in program.mesh.items() if n > 1},
       compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
-      guess.flops, guess.kernel_flops, guess.hbm_bytes, _collectives(guess), guess.products,
-      guess.core, guess.compiler, guess.memory, guess.links, guess.exposed, guess.by_source,
-      guess.bound, guess.binds, guess.expected, factor, step, needed / chip.peak / guess.bound,
-      needed / chip.peak / step,
+      guess.flops, guess.kernel_flops, guess.hbm_bytes, program.reads, _collectives(guess),
+      guess.products, guess.core, guess.compiler, guess.memory, guess.links, guess.exposed,
+      guess.by_source, guess.bound, guess.binds, guess.expected, factor, step,
+      needed / chip.peak / guess.bound, needed / chip.peak / step,
       program.positions / chips / step, program.images / chips / step,
       program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600)
 
@@ -134,7 +135,8 @@ def _text(r: Report) -> str:
       f"FLOPs a chip    {r.model_flops / 1e12:.2f} T by the mathematics, "
       f"{r.compiled_flops / 1e12:.2f} T as compiled ({r.kernel_flops / 1e12:.2f} T in Pallas "
       "kernels)",
-      f"HBM traffic     {r.hbm_bytes / 1e9:.1f} GB",
+      f"HBM traffic     {r.hbm_bytes / 1e9:.2f} GB" + (
+          f", {r.hbm_bytes / r.reads:.2f} times weights and full cache" if r.reads else ""),
       "collectives     " + ("\n                ".join(
           f"{c['kind']} over {c['axes'] or 'a few chips'} ({c['over']}): "
           f"{c['bytes'] / 1e9:.2f} GB, {ms(c['seconds'])}" for c in r.collectives) or "none"),

@@ -50,12 +50,14 @@ class Estimate:
     return max(("products", "memory", "links"), key=lambda name: getattr(self, name))
 
 
-def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1) -> Estimate:
-  """Of a program compiled for the chips of `network`; own_rows: as in `ops.cost`.
+def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1,
+             loops: int = 1) -> Estimate:
+  """Of a program compiled for the chips of `network`; own_rows: as in `ops.cost`; loops: runs of a
+  loop of which the program does not say how often it runs.
 
   Raises ValueError where the sum is below what the peak rate allows: the estimate is wrong then.
   """
-  walk = _Walk(module, chip, network, own_rows)
+  walk = _Walk(module, chip, network, own_rows, loops)
   expected = walk.region(module.entry, 1)
   links = sum(c.seconds * times for c, times in walk.found)
   result = Estimate(
@@ -72,9 +74,10 @@ def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1) 
 class _Walk:
   """Adds up costs while going through what is scheduled."""
 
-  def __init__(self, module: Module, chip: Chip, network: Network, own_rows: float):
+  def __init__(self, module: Module, chip: Chip, network: Network, own_rows: float,
+               loops: int):
     self._module, self._chip, self._network = module, chip, network
-    self._own_rows = own_rows
+    self._own_rows, self._loops = own_rows, loops
     self.flops = self.kernel_flops = self.bytes = self.core = self.compiler = 0.0
     self.sources: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
@@ -96,7 +99,7 @@ class _Walk:
       exposed += sum(c.seconds for c in own if not c.hidden)
       hidden += sum(c.seconds for c in own if c.hidden)
       if i.opcode == "while":
-        trips = self._module.trip_count(i)
+        trips = self._module.trip_count(i, self._loops)
         inner += trips * self.region(i.attribute("body").lstrip("%"), times * trips)
       elif i.opcode in ("call", "async-start"):
         inner += self.region(i.called()[-1], times)
@@ -106,7 +109,7 @@ class _Walk:
 
   def _alone(self, computation: str) -> float:
     """Seconds of a computation, without counting it."""
-    walk = _Walk(self._module, self._chip, self._network, self._own_rows)
+    walk = _Walk(self._module, self._chip, self._network, self._own_rows, self._loops)
     return walk.region(computation, 1)
 
   def _add(self, i, price, own, times):

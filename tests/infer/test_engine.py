@@ -295,8 +295,7 @@ def test_nothing_is_compiled_beyond_the_buckets(model, mesh):
     for given in ((), image):
       run(engine, *[(make_prompt(0, length, given), greedy(3))] * 2)
   assert sorted(engine.programs.compiled) == [
-      "copy", "decode", "encode 1, 56", "prefill 16, 0 images", "prefill 16, 1 images",
-      "prefill 64, 0 images", "prefill 64, 1 images"]
+      "copy", "decode", "encode 1, 56", "prefill 16", "prefill 64", "show 16, 4", "show 64, 4"]
   with compilations() as compiled:
     image = engine.encode_images(pixels + 1)
     for length in (9, 15, 16, 17, 64, 90):
@@ -308,11 +307,13 @@ def test_nothing_is_compiled_beyond_the_buckets(model, mesh):
     for _ in range(2):
       answer = list(engine.generate(prompt, greedy(4)))
       prompt = longer(prompt, [*answer, *range(20)])
+    for n in (2, 3, 5):  # pictures in one prompt
+      list(engine.generate(make_prompt(n, 60 + n, image * n), greedy(2)))
   assert not compiled
   assert set(engine.programs.compiled.values()) == {1}
   with compilations() as compiled:  # the watch itself works
-    list(engine.generate(make_prompt(0, 65, image * 2), greedy(2)))
-  assert compiled and engine.programs.compiled["prefill 64, 2 images"] == 1
+    engine.encode_images(np.zeros((2, 56, 56, 3), np.uint8))
+  assert compiled and engine.programs.compiled["encode 2, 56"] == 1
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(engine, images):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import several_devices
 from flax import nnx
+from folders import BF16, config_of, make_folder
 
-from mgjax.checkpoint import abstract_params
+from conversion import from_hf
+from mgjax.checkpoint import abstract_params, load_model
 from mgjax.config import DecoderConfig, ModelConfig
 from mgjax.infer import quantize as quantization
 from mgjax.infer.assistant import load
@@ -21,6 +23,7 @@ from mgjax.infer.quantize import (
     FORMATS,
     QuantizedMatrix,
     dequantized,
+    load_quantized,
     product,
     quantize,
     quantized,
@@ -280,3 +283,27 @@ def on_eight_devices():
 @pytest.mark.slow
 def test_eight_devices_give_the_same():
   several_devices.run(__file__, "on_eight_devices", 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_checkpoint_is_quantised_as_it_is_read(family, mesh, tmp_path, monkeypatch):
+  make_folder(tmp_path / "hf", config_of(family, text=True), BF16)
+  assert from_hf.main(["--llm", str(tmp_path / "hf"), "--output", str(tmp_path / "run")]) == 0
+  held, load_params = [], quantization.load_params
+  is_matrix = lambda a: a.dtype == jnp.float32 and a.ndim > 2
+  matrices = lambda: sum(a.nbytes for a in jax.live_arrays() if is_matrix(a))
+
+  def watched(path, wanted):
+    held.append(matrices() - before)
+    return load_params(path, wanted)
+
+  with mesh_context(mesh):
+    whole = load_model(tmp_path / "run", mesh, dtype=jnp.float32)
+    stacks = sum(a.nbytes for a in jax.tree.leaves(nnx.state(whole.model)) if a.ndim > 2)
+    quantize(whole.model, "int8")
+    before = matrices()
+    monkeypatch.setattr(quantization, "load_params", watched)
+    read = load_quantized(tmp_path / "run", mesh, dtype=jnp.float32, name="int8")
+  assert len(held) == 8 and max(held) < stacks / 3  # each is let go before the next is read
+  for one, other in zip(*(jax.tree.leaves(nnx.state(m.model)) for m in (whole, read)), strict=True):
+    np.testing.assert_array_equal(one, other)

@@ -13,8 +13,10 @@ def assistant():
 
 @pytest.fixture(scope="session")
 def served(assistant):
+  programs = set(assistant.engine.programs.compiled)
   with serving(assistant) as served:
     yield served
+  assert set(assistant.engine.programs.compiled) == programs, "a request needed a new program"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,5 @@ def still_answers(request):
     return
   served = request.getfixturevalue("served")
   yield
-  compiled = served.assistant.engine.programs.compiled
-  before = dict(compiled)
   assert served.ask().usage.completion_tokens > 0
-  assert compiled == before and compiled["decode"] == compiled["copy"] == 1
+  assert set(served.assistant.engine.programs.compiled.values()) == {1}

@@ -72,7 +72,7 @@ def check(family, root):
 @pytest.mark.parametrize("family", CASES)
 def test_cut_and_never_put_together_again(family, tmp_path):
   here = pathlib.Path(__file__)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  env = os.environ | {"JAX_NUM_CPU_DEVICES": "8",
                       "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[2]}"}
   # A cached program says nothing while it is loaded.
   env |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
