@@ -5,6 +5,7 @@
     -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 Any OpenAI client works with base_url http://127.0.0.1:8000/v1; pictures go in as data: URLs.
+With --web a browser can chat with it at http://127.0.0.1:8000/ as well.
 /health says whether it works, /metrics how well (Prometheus).  Ctrl-C ends it.
 """
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import sys
 
 KEY = "MGJAX_API_KEY"
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
       help="address to listen on; 0.0.0.0 is open to all (default: 127.0.0.1, this machine)")
   add("--port", type=int, default=8000, choices=range(65536), metavar="N",
       help="default: 8000; 0 takes a free one")
+  add("--web", action="store_true", help="show a page to chat at / (needs the extra 'web')")
   add("--api-key", metavar="KEY", help="what clients must send; better in the environment, as "
       f"{KEY}, where other users cannot read it (default: none)")
   add("--rows", type=at_least(1), default=8, metavar="N",
@@ -80,7 +83,9 @@ def build(args: argparse.Namespace, api_key: str | None):
   limits = Limits(queue=args.max_queue, body=body, images=args.max_images,
                   picture=min(Limits.picture, body), new_tokens=args.max_new_tokens,
                   held=max(Limits.held, 4 * body), image_hosts=frozenset(args.allow_image_host))
-  return make_server(make_app(assistant, limits, api_key), limits.body_seconds), assistant.name
+  hosts = ("127.0.0.1", "localhost", "[::1]") if args.host in THIS_MACHINE else ()
+  app = make_app(assistant, limits, api_key, hosts=hosts, web=args.web)
+  return make_server(app, limits.body_seconds), assistant.name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,8 +94,11 @@ def main(argv: list[str] | None = None) -> int:
   api_key = args.api_key or os.environ.get(KEY) or None
   try:
     from mgjax.serve.server import listen
+    if args.web:
+      import gradio  # noqa: F401
   except ModuleNotFoundError as error:
-    print(f"error: no module {error.name!r}; pip install -e '.[serve]'", file=sys.stderr)
+    extras = "serve,web" if args.web else "serve"
+    print(f"error: no module {error.name!r}; pip install -e '.[{extras}]'", file=sys.stderr)
     return 2
   try:
     with contextlib.closing(listen(args.host, args.port)) as sock:  # before minutes of loading
@@ -98,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
       host, port = sock.getsockname()[:2]
       host = f"[{host}]" if ":" in host else host
       print(f"serving {name} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
-      if not api_key and args.host not in ("127.0.0.1", "localhost", "::1"):
+      if args.web:
+        print(f"chat with it at http://{host}:{port}/", file=sys.stderr, flush=True)
+      if not api_key and args.host not in THIS_MACHINE:
         print(f"warning: whoever can reach {host} can use it; set {KEY}", file=sys.stderr)
       server.run(sockets=[sock])
   except (ValueError, OSError) as error:

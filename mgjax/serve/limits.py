@@ -4,6 +4,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hmac
 from collections.abc import Iterator
 
 from fastapi import Request
@@ -73,19 +74,28 @@ async def read_body(request: Request, limits: Limits, share: Share) -> bytes:
   kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
   if kind != "application/json":
     raise ApiError(415, f"the content type is {kind!r}, expected application/json", code="not_json")
-  too_long = ApiError(413, f"the body is longer than {limits.body:,} bytes; send smaller pictures, "
-                           "or fewer", code="body_too_large")
   if int(request.headers.get("content-length", "0")) > limits.body:
-    raise too_long
+    raise too_long(limits)
   body = bytearray()
   try:
     async with asyncio.timeout(limits.body_seconds):
       async for chunk in request.stream():
         if len(body) + len(chunk) > limits.body:
-          raise too_long
+          raise too_long(limits)
         share.set(len(body) + len(chunk))
         body += chunk
   except TimeoutError:
     raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s",
                    code="body_too_slow", headers={"connection": "close"}) from None
   return bytes(body)
+
+
+def too_long(limits: Limits) -> ApiError:
+  """What is said to a body that is longer than the limits allow."""
+  return ApiError(413, f"the body is longer than {limits.body:,} bytes; send smaller pictures, or "
+                       "fewer", code="body_too_large")
+
+
+def is_key(given: bytes, key: str) -> bool:
+  """Whether that is the key; comparing takes the same time wherever they differ."""
+  return hmac.compare_digest(given, key.encode())

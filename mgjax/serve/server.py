@@ -36,10 +36,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 def make_server(app: FastAPI, body_seconds: float) -> uvicorn.Server:
   """A server whose clients have to send their requests in time."""
-  return uvicorn.Server(uvicorn.Config(
+  return _Server(uvicorn.Config(
       app, http=_protocol(body_seconds + GRACE_SECONDS), ws="none", lifespan="on",
       log_level="warning", access_log=False, server_header=False, proxy_headers=False,
       timeout_graceful_shutdown=SHUTDOWN_SECONDS))
+
+
+class _Server(uvicorn.Server):
+  """Lets answers end when it is told to stop, but not what would go on as long as a window is open.
+  """
+
+  async def shutdown(self, sockets=None):
+    self.config.app.state.end_streams()
+    await super().shutdown(sockets)
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:

@@ -1,0 +1,94 @@
+"""What the page says about the model, and the examples that it offers."""
+from __future__ import annotations
+
+import collections
+import html
+import pathlib
+
+import jax
+from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
+
+from mgjax.infer.assistant import Assistant
+
+TEXT_EXAMPLES = ("Write a haiku about the sea.",
+                 "Explain in three sentences why the sky is blue.")
+
+
+def facts(assistant: Assistant) -> str:
+  """The model in figures, a table in Markdown."""
+  engine, config = assistant.engine, assistant.engine.config
+  count, size, formats = _weights(engine.programs.model)
+  devices = collections.Counter(d.device_kind for d in engine.mesh.devices.flat)
+  decoder = config.decoder
+  rows = [("Parameters", f"{_rounded(count)}"),
+          ("Weights", f"{', '.join(formats)}; {_rounded(size)}B"),
+          ("Language model", f"{decoder.depth} layers, width {decoder.width}, vocabulary "
+                             f"{decoder.vocab_size:,}"),
+          ("Context", f"{engine.max_length:,} tokens")]
+  for side in engine.picture_sides if config.vision else ():
+    rows.append((f"Pictures at {side} × {side}", f"{config.at(side).visual_tokens:,} tokens each"))
+  if config.vision:
+    rows.append(("Patch info mining", "yes" if config.vision_hr else "no: one vision tower"))
+  else:
+    rows.append(("Pictures", "none: a language model alone"))
+  rows += [("Devices", ", ".join(f"{n} × {kind}" for kind, n in devices.items())),
+           ("Answers at once", str(engine.rows))]
+  lines = [f"| {name} | {html.escape(value)} |" for name, value in rows]
+  return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _weights(model: nnx.Module) -> tuple[int, int, list[str]]:
+  """How many parameters there are, their bytes, and their formats, the commonest first."""
+  arrays = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+  count, sizes = 0, collections.Counter()
+  for path, array in arrays.items():
+    if (*path[:-1], "values") not in arrays or path[-1] == "values":  # scales are no parameters
+      count += array.size
+    sizes[str(array.dtype)] += array.size * jax.dtypes.itemsize_bits(array.dtype) // 8
+  return count, sizes.total(), [name for name, _ in sizes.most_common()]
+
+
+def _rounded(number: int) -> str:
+  """In three digits.
+
+  >>> _rounded(950), _rounded(7_063_427_072)
+  ('950 ', '7.06 G')
+  """
+  value, unit = float(number), 0
+  while value >= 999.5:
+    value, unit = value / 1000, unit + 1
+  return f"{value:.3g} {('', 'k', 'M', 'G', 'T')[unit]}"
+
+
+def examples(folder: pathlib.Path, pictures: bool) -> list[tuple[str, tuple[str, ...]]]:
+  """Questions, each with the files of its pictures, which are drawn into the folder."""
+  if not pictures:
+    return [(text, ()) for text in TEXT_EXAMPLES]
+  sign, shapes = str(folder / "sign.png"), str(folder / "shapes.png")
+  _sign().save(sign)
+  _shapes().save(shapes)
+  return [("What does the sign say?", (sign,)),
+          ("How many shapes are there, and which colours have they?", (shapes,)),
+          ("What is the difference between these pictures?", (sign, shapes)),
+          (TEXT_EXAMPLES[0], ())]
+
+
+def _sign() -> Image.Image:
+  image = Image.new("RGB", (480, 360), "#a9c8dd")
+  draw = ImageDraw.Draw(image)
+  draw.rectangle((0, 290, 480, 360), fill="#6f8f5a")
+  draw.rectangle((228, 200, 252, 330), fill="#6b5a48")
+  draw.rounded_rectangle((70, 60, 410, 220), 16, fill="#1d5c3a", outline="white", width=6)
+  for text, y, size in (("HARBOUR", 112, 58), ("2 km", 176, 44)):
+    draw.text((240, y), text, "white", ImageFont.load_default(size), anchor="mm")
+  return image
+
+
+def _shapes() -> Image.Image:
+  image = Image.new("RGB", (480, 360), "#f4efe6")
+  draw = ImageDraw.Draw(image)
+  draw.ellipse((50, 100, 190, 240), fill="#c8372d")
+  draw.rectangle((220, 60, 330, 170), fill="#2b63b8")
+  draw.polygon(((300, 310), (380, 190), (450, 310)), fill="#e0a92b")
+  return image
