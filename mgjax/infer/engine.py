@@ -20,9 +20,10 @@ from mgjax.infer.programs import Programs, Step
 from mgjax.infer.sampling import Sampling
 from mgjax.models.mini_gemini import MiniGemini
 
-# 768 holds one picture of 576 tokens and a question; longer prompts are read in several windows,
-# so that those who are being answered wait for none longer than this.
+# 768 holds one picture of 576 tokens and a question.  Prompts are read in windows of these lengths,
+# one or several of together A_STEP positions a step: no answer waits longer for its next token.
 BUCKETS = (64, 128, 256, 512, 768, 1024)
+A_STEP = BUCKETS[-1]
 WORTH_COPYING = 32  # positions more than a free row has, for which another row is copied
 
 
@@ -183,7 +184,7 @@ class Engine:
       self._waiting.remove(answer)
 
   def step(self) -> bool:
-    """Every answer that grows gets a token, and one prompt is read on; False if nothing was to do.
+    """Every answer that grows gets a token, and prompts are read on; False if nothing was to do.
 
     The tokens given are those of the step before: the device goes on while the host reads them.
     """
@@ -279,7 +280,7 @@ class Engine:
   # How a step goes.
 
   def _advance(self):
-    """Decodes, and reads on in one prompt; what was drawn, and the answer of each row it is for."""
+    """Decodes, and reads on; what was drawn, and the answer of each row that it is for."""
     answers: list[Answer | None] = [None] * self.rows
     decoding = [row for row in self._rows if row.grows and row.read == len(row.answer.prompt)
                 and row.fed + 1 < row.answer.sampling.max_new_tokens]
@@ -290,9 +291,13 @@ class Engine:
       for row in decoding:
         row.fed += 1
         answers[row.number] = row.answer
-    reading = next((r for r in self._rows if r.grows and r.read < len(r.answer.prompt)), None)
-    if (reading := reading or self._begin()) and self._read(reading):
-      answers[reading.number] = reading.answer
+    room, unread = max(A_STEP, self.buckets[-1]), lambda row: len(row.answer.prompt) - row.read
+    while reading := next((r for r in self._rows if r.grows and unread(r)), None) or self._begin():
+      if (length := self.bucket(unread(reading))) > room:
+        break
+      room -= length
+      if self._read(reading):
+        answers[reading.number] = reading.answer
     return (self._step.token, answers) if any(answers) else None
 
   def _begin(self) -> _Row | None:

@@ -129,25 +129,25 @@ class Worker:
         self._running.remove(job)
 
   def _prepare(self):
-    """Looks at one picture of the job that is next, or gives the job to the engine.
+    """Gives jobs to the engine while rows are free, and looks at one picture of theirs.
 
     One picture a step: answers that grow must not wait for eight.  Nothing is given before a row is
     free, so that what waits holds no memory of the devices.
     """
-    if not self._waiting or len(self._running) >= self._engine.rows:
-      return
-    job = self._waiting[0]
-    try:
-      if job.pixels:
-        job.images += (self._assistant.see(job.pixels[0]),)
-        del job.pixels[0]
-      if not job.pixels:
-        job.answer = self._engine.submit(Prompt(job.tokens, job.visual_index, job.images),
-                                         job.sampling)
-        self._running.append(self._waiting.popleft())
-    except Exception as error:
-      log.exception("a request failed before its answer was begun")
-      self._fail([self._waiting.popleft()], _failure(error))
+    looked = False
+    while self._waiting and not looked and len(self._running) < self._engine.rows:
+      job = self._waiting[0]
+      try:
+        if looked := bool(job.pixels):
+          job.images += (self._assistant.see(job.pixels[0]),)
+          del job.pixels[0]
+        if not job.pixels:
+          job.answer = self._engine.submit(Prompt(job.tokens, job.visual_index, job.images),
+                                           job.sampling)
+          self._running.append(self._waiting.popleft())
+      except Exception as error:
+        log.exception("a request failed before its answer was begun")
+        self._fail([self._waiting.popleft()], _failure(error))
 
   def _report(self):
     """Gives out what the step has brought."""
