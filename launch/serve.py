@@ -40,6 +40,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
       f"{KEY}, where other users cannot read it (default: none)")
   add("--rows", type=at_least(1), default=8, metavar="N",
       help="answers that grow at once (default: 8)")
+  add("--quantize", choices=("int8", "int4"), help="weights in fewer bytes (default: as saved)")
+  add("--cache-dtype", choices=("int8", "bfloat16", "float32"),
+      help="keys and values in fewer bytes (default: as the model)")
   add("--max-length", type=at_least(2), metavar="N",
       help="longest conversation in tokens (default: that of the training)")
   add("--max-new-tokens", type=at_least(1), metavar="N",
@@ -76,7 +79,8 @@ def build(args: argparse.Namespace, api_key: str | None):
   # Orbax warns that it leaves out the position in the training data: that is as it should be.
   logging.getLogger("absl").setLevel(logging.ERROR)
   assistant = load(args.checkpoint, template=args.template, max_length=args.max_length,
-                   rows=args.rows, step=args.step)
+                   rows=args.rows, step=args.step, quantize=args.quantize,
+                   cache_dtype=args.cache_dtype)
   print("compiling ...", file=sys.stderr, flush=True)
   warm_up(assistant)
   body = args.max_body_mb << 20

@@ -168,7 +168,7 @@ def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
   operands = module.computations[computation]
   arrays = lambda name: operands[name].arrays if name in operands else ()
   if i.opcode in _COPIES:
-    source, result = arrays(i.operands[0])[0], i.arrays[1]
+    source, result = arrays(i.operands[0])[0], i.arrays[i.opcode != "copy-start"]
     return result.bytes * (source.in_hbm + result.in_hbm)
   if i.opcode != "fusion":
     if i.opcode in _UPDATES:

@@ -94,12 +94,15 @@ def test_of_what_is_cut_out_or_written_into_only_that_part_is_moved():
   %part = bf16[1,1024,128]{2,1,0} slice(%cache), slice={[0:1],[0:1024],[0:128]}
   %picked = bf16[8,128]{1,0} gather(%cache, %at), offset_dims={1}
   %written = bf16[8,1024,128]{2,1,0} scatter(%cache, %at, %new), to_apply=%add
+  %ahead = (bf16[8,1024,128]{2,1,0:S(1)}, bf16[8,1024,128]{2,1,0}, u32[]) copy-start(%cache)
+  %cut = ((bf16[8,1024,128]{2,1,0}), bf16[1,1024,128]{2,1,0:S(1)}, u32[]) slice-start(%cache)
   %one = s32[] constant(1)
 """)
   module = hlo.parse(text)
   moved = lambda name: ops.hbm_bytes(module, *found(module, name))
   assert moved("part") == 2 * 2 * 1024 * 128
   assert moved("picked") == moved("written") == 2 * 2 * 8 * 128
+  assert moved("ahead") == 8 * moved("cut") == 2 * 8 * 1024 * 128
 
 
 def test_what_is_no_product_takes_as_long_as_the_compiler_says(module):
