@@ -2,7 +2,7 @@
 half or a quarter as many bytes.
 
     int8    one scale for each output channel
-    int4    one scale for each output channel and group of inputs; the head stays int8
+    int4    a scale and an offset for each output channel and 32 inputs; the head stays int8
 
 The matrices of the decoder's layers and its head are quantised.  The embedding table is not, since
 only the rows of a few tokens are read; where it is the head as well, an int8 copy becomes the head.
@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ from mgjax.models.moe import Experts, route
 from mgjax.sharding import constrain, fitting_spec, gathered
 
 FORMATS = {"int8": jnp.int8, "int4": jnp.int4}
-GROUPS = (128, 64, 32)                    # inputs that share a scale in int4
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the largest weight of a group, tried in int4
+GROUP = 32                                # inputs that share a scale in int4
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the range of a group, tried in int4
 # Rows for which sums of int4 groups are scaled rather than weights: the compiler of TPUs counts
 # 10 and 53 thousand cycles for 8 rows of a 4096 x 1376 matrix, 243 and 111 for 64 of 4096 x 11008.
 FEW_ROWS = 16
@@ -48,97 +48,106 @@ def group_size(inputs: int, ways: int = 1) -> int:
   """Inputs of a matrix that share a scale in int4, where `ways` devices share the inputs: no group
   is cut.
 
-  >>> [group_size(*n) for n in ((4096, 8), (11008, 1), (11008, 4), (11008, 8))]
-  [128, 128, 64, 32]
+  >>> [group_size(*n) for n in ((4096, 8), (11008, 8), (100, 1))]
+  [32, 32, 4]
   """
-  return next((g for g in GROUPS if inputs % (ways * g) == 0),
-              math.gcd(inputs // ways, GROUPS[-1]))
+  return math.gcd(inputs // ways, GROUP)
 
 
-def quantized(w: jax.Array, name: str, ways: int = 1) -> tuple[jax.Array, jax.Array]:
-  """w [..., D, F] -> integers and their scales.
+def quantized(w: jax.Array, name: str, ways: int = 1) -> tuple[jax.Array, ...]:
+  """w [..., D, F] -> integers, and the scales and offsets that make them weights again.
 
-  int8: [..., D, F] and float32 [..., F].  int4: [..., G, D/G, F] and, in the dtype of w,
-  [..., G, F]; the scale is the one of those that CLIPS give with the least squared error.  `ways`
-  as in `group_size`.
+  int8: integers [..., D, F] and scales, float32 [..., F]; zero is zero.
+  int4: integers [..., G, D/G, F] and, in the dtype of w, scales and offsets [..., G, F]; of the
+  ranges that CLIPS give the one with the least squared error.  `ways` as in `group_size`.
   """
-  d, whole, w = w.shape[-2], name == "int8", w.astype(jnp.float32) if name == "int8" else w
-  size, largest = d if whole else group_size(d, ways), jnp.iinfo(FORMATS[name]).max
-  grouped = w.astype(jnp.float32).reshape(*w.shape[:-2], d // size, size, w.shape[-1])
-  peak = jnp.max(jnp.abs(grouped), axis=-2, keepdims=True)                # [..., G, 1, F]
+  exact = w.astype(jnp.float32)
+  if name == "int8":
+    scale = jnp.max(jnp.abs(exact), axis=-2) / 127                        # [..., F]
+    values = jnp.round(exact / jnp.where(scale > 0, scale, 1)[..., None, :])
+    return jnp.clip(values, -127, 127).astype(jnp.int8), scale
+  size = group_size(w.shape[-2], ways)
+  grouped = exact.reshape(*w.shape[:-2], -1, size, w.shape[-1])
+  low, high = (f(grouped, axis=-2, keepdims=True) for f in (jnp.min, jnp.max))  # [..., G, 1, F]
 
   def rounded(clip):
-    scale = (clip * peak / largest).astype(w.dtype)
-    exact = scale.astype(jnp.float32)
-    values = jnp.round(grouped / jnp.where(exact > 0, exact, 1))
-    values = jnp.clip(values, -largest, largest)
-    error = jnp.sum(jnp.square(values * exact - grouped), axis=-2, keepdims=True)
-    return values, scale, error
+    scale = (clip * (high - low) / 15).astype(w.dtype)
+    step = scale.astype(jnp.float32)
+    offset = ((low + high + step) / 2).astype(w.dtype)  # -8 and 7 are as far from the middle
+    values = jnp.round((grouped - offset) / jnp.where(step > 0, step, 1))
+    values = jnp.clip(values, -8, 7)
+    error = jnp.sum(jnp.square(values * step + offset - grouped), axis=-2, keepdims=True)
+    return values, scale, offset, error
 
   best = rounded(1.0)
-  for clip in () if whole else CLIPS[1:]:
+  for clip in CLIPS[1:]:
     other = rounded(clip)
-    better = other[2] < best[2]
+    better = other[-1] < best[-1]
     best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
-  values, scale = best[0].astype(FORMATS[name]), best[1][..., 0, :]
-  return (values[..., 0, :, :], scale[..., 0, :]) if whole else (values, scale)
+  values, scale, offset, _ = best
+  return values.astype(jnp.int4), scale[..., 0, :], offset[..., 0, :]
 
 
-def dequantized(values: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+def dequantized(parts: Sequence[jax.Array], dtype) -> jax.Array:
   """What `quantized` gave -> the matrix [..., D, F] that it stands for."""
+  values, scale, *offset = parts
   w = values.astype(dtype) * scale.astype(dtype)[..., None, :]
-  if values.dtype == jnp.int8:
+  if not offset:
     return w
+  w += offset[0].astype(dtype)[..., None, :]
   return w.reshape(*w.shape[:-3], -1, w.shape[-1])
 
 
-def product(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def product(x: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
   """x [..., N, D] times what `quantized` gave, in the dtype of x -> [..., N, F]."""
-  if values.dtype == jnp.int8:  # the scale of a whole channel can wait until the sum is made
+  values, scale, *offset = parts
+  if not offset:  # the scale of a whole channel can wait until the sum is made
     y = x @ values.astype(x.dtype)
     return (y * (scale if scale.ndim == 1 else scale[..., None, :])).astype(x.dtype)
   x = x.reshape(*x.shape[:-1], values.shape[-3], -1)                      # [..., N, G, D/G]
   if x.shape[-3] > FEW_ROWS:
     # In three dimensions: with scales repeated for two, the compiler writes them out as a matrix.
-    w = values.astype(x.dtype) * scale.astype(x.dtype)[..., None, :]
-    return jnp.einsum("...ngk,...gkf->...nf", x, w)
+    scale, offset = (a.astype(x.dtype)[..., None, :] for a in (scale, *offset))
+    return jnp.einsum("...ngk,...gkf->...nf", x, values.astype(x.dtype) * scale + offset)
   sums = jnp.einsum("...ngk,...gkf->...gnf", x, values.astype(x.dtype),
                     preferred_element_type=jnp.float32)
-  return jnp.sum(sums * scale[..., None, :], axis=-3).astype(x.dtype)
+  scaled = jnp.sum(sums * scale[..., None, :], axis=-3)
+  moved = jnp.einsum("...ng,...gf->...nf", x.sum(-1, dtype=jnp.float32),
+                     offset[0].astype(jnp.float32))
+  return (scaled + moved).astype(x.dtype)
 
 
 class QuantizedMatrix(nnx.Module):
   """Linear layer [..., D] -> [..., F] without a bias, in the place of a `Dense`.
 
   Args:
-    values, scale: from `quantized`; with experts in front, x is [E, N, D] or [1, N, D].
+    parts: from `quantized`; with experts in front, x is [E, N, D] or [1, N, D].
     axes: logical names of the dimensions of the matrix.
     dtype: in which it is computed.
   """
 
-  def __init__(self, values: jax.Array, scale: jax.Array, axes: tuple[str | None, ...], dtype):
+  def __init__(self, parts: Sequence[jax.Array], axes: tuple[str | None, ...], dtype):
     self.axes, self.dtype = axes, dtype
-    self.values, self.scale = nnx.Param(values), nnx.Param(scale)
+    self.parts = nnx.List([nnx.Param(part) for part in parts])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    values_axes, scale_axes = _axes(self.values.dtype, self.axes)
     rows = x.astype(self.dtype)
     rows = rows.reshape(-1, x.shape[-1]) if len(self.axes) == 2 else rows
-    y = product(rows, gathered(self.values[...], *values_axes),
-                gathered(self.scale[...], *scale_axes))
+    names = _axes(self.parts[0].dtype, self.axes)
+    y = product(rows, [gathered(part[...], *own) for part, own in zip(self.parts, names)])
     return y.reshape(*x.shape[:-1], -1) if len(self.axes) == 2 else y
 
   def __getitem__(self, index) -> jax.Array:
     """`[...]` is the matrix in `dtype`, as of an nnx.Param."""
-    return dequantized(self.values[...], self.scale[...], self.dtype)[index]
+    return dequantized([part[...] for part in self.parts], self.dtype)[index]
 
 
 def _axes(dtype, axes: tuple[str | None, ...]) -> tuple[tuple[str | None, ...], ...]:
-  """Logical names of the dimensions of integers and scales of a matrix with these names."""
+  """Logical names of the dimensions of the parts of a matrix with these names."""
   *lead, inputs, outputs = axes
   if dtype == jnp.int8:
     return axes, (*lead, outputs)
-  return (*lead, inputs, None, outputs), (*lead, inputs, outputs)
+  return (*lead, inputs, None, outputs), *((*lead, inputs, outputs),) * 2
 
 
 class QuantizedExperts(Experts):
@@ -228,12 +237,12 @@ def _matrices(stack, name, axes, dtype):
 
 def _matrix(w, name, axes, dtype, **which) -> QuantizedMatrix:
   if not isinstance(w, jax.ShapeDtypeStruct):
-    return QuantizedMatrix(*_laid_out(w, name, axes, **which), axes, dtype)
+    return QuantizedMatrix(_laid_out(w, name, axes, **which), axes, dtype)
   shapes = jax.eval_shape(functools.partial(_part, name=name, axes=axes, **which), w)
   specs = [fitting_spec(s.shape, *names) for s, names in zip(shapes, _axes(FORMATS[name], axes))]
   return QuantizedMatrix(
-      *(jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(w.sharding.mesh, spec))
-        for s, spec in zip(shapes, specs)), axes, dtype)
+      [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(w.sharding.mesh, spec))
+       for s, spec in zip(shapes, specs)], axes, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "axes", "transposed"))

@@ -97,49 +97,50 @@ def logits_of(model, mesh, cache_dtype=None, length=40):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_product_is_that_with_the_matrix_the_integers_stand_for(name, lead, rows):
   w, x = random(*lead, 96, 40), random(*(1 for _ in lead), rows, 96, seed=1)
-  values, scale = quantized(jnp.asarray(w), name)
-  assert values.dtype == FORMATS[name]
+  parts = quantized(jnp.asarray(w), name)
+  assert parts[0].dtype == FORMATS[name] and len(parts) == (2 if name == "int8" else 3)
   whole = np.zeros_like(w)
-  numbers, scales = np.asarray(values.astype(jnp.int32)), np.asarray(scale)
+  numbers, (scales, *offsets) = np.asarray(parts[0].astype(jnp.int32)), map(np.asarray, parts[1:])
   for at in np.ndindex(*w.shape):
     *e, i, o = at
     if name == "int8":
       whole[at] = numbers[at] * scales[(*e, o)]
     else:
       group, inside = divmod(i, numbers.shape[-2])
-      whole[at] = numbers[(*e, group, inside, o)] * scales[(*e, group, o)]
-  np.testing.assert_allclose(dequantized(values, scale, jnp.float32), whole, rtol=1e-6)
-  np.testing.assert_allclose(product(jnp.asarray(x), values, scale), x @ whole, atol=2e-4)
+      whole[at] = (numbers[(*e, group, inside, o)] * scales[(*e, group, o)]
+                   + offsets[0][(*e, group, o)])
+  np.testing.assert_allclose(dequantized(parts, jnp.float32), whole, atol=1e-6)
+  np.testing.assert_allclose(product(jnp.asarray(x), parts), x @ whole, atol=2e-4)
 
 
 def test_the_error_of_a_weight_is_bounded():
   w = random(256, 64) * np.geomspace(1e-3, 1e3, 64, dtype=np.float32)
-  values, scale = quantized(jnp.asarray(w), "int8")
-  off = np.abs(np.asarray(dequantized(values, scale, jnp.float32)) - w)
+  off = np.abs(np.asarray(dequantized(quantized(jnp.asarray(w), "int8"), jnp.float32)) - w)
   half = np.abs(w).max(0) / 127 / 2
   assert (off <= half * 1.001).all() and (off.max(0) > half / 2).all()
-  values, scale = quantized(jnp.asarray(w), "int4", ways=8)
-  assert values.shape == (8, 32, 64) and scale.shape == (8, 64)
-  off = np.square(np.asarray(dequantized(values, scale, jnp.float32)) - w).reshape(8, 32, 64)
-  peak = np.abs(w).reshape(8, 32, 64).max(1) / 7
-  plain = np.round(w.reshape(8, 32, 64) / peak[:, None]) * peak[:, None] - w.reshape(8, 32, 64)
+  parts = quantized(jnp.asarray(w), "int4", ways=8)
+  assert [part.shape for part in parts] == [(8, 32, 64), (8, 64), (8, 64)]
+  off = np.square(np.asarray(dequantized(parts, jnp.float32)) - w).reshape(8, 32, 64)
+  grouped = w.reshape(8, 32, 64)
+  low, step = grouped.min(1, keepdims=True), np.ptp(grouped, axis=1, keepdims=True) / 15
+  plain = np.round((grouped - low) / step) * step + low - grouped
   ours, theirs = off.sum(1), np.square(plain).sum(1)
   assert (ours <= theirs * 1.001).all() and ours.sum() < 0.97 * theirs.sum()
 
 
 def test_what_is_on_the_grid_of_int4_comes_back_exactly():
   rng = np.random.RandomState(0)
-  grid = rng.randint(-7, 8, (4, 32, 24))
-  grid[:, 0] = rng.choice([-7, 7], (4, 24))  # the largest is there in each group
+  grid = rng.randint(0, 16, (4, 32, 24)) + rng.randint(-20, 5, (4, 1, 24))  # with an offset
+  grid[:, 0], grid[:, 1] = grid.min(1), grid.min(1) + 15  # the range is used up in each group
   w = (grid * 2.0 ** rng.randint(-9, 3, (4, 1, 24))).reshape(128, 24).astype(np.float32)
   for dtype in (jnp.float32, jnp.bfloat16):
-    back = dequantized(*quantized(jnp.asarray(w, dtype), "int4", ways=4), jnp.float32)
+    back = dequantized(quantized(jnp.asarray(w, dtype), "int4", ways=4), jnp.float32)
     np.testing.assert_array_equal(back, w)
 
 
 def test_a_matrix_of_zeros_stays_one():
   for name in FORMATS:
-    assert not np.asarray(dequantized(*quantized(jnp.zeros((64, 8)), name), jnp.float32)).any()
+    assert not np.asarray(dequantized(quantized(jnp.zeros((64, 8)), name), jnp.float32)).any()
 
 
 # Models.
@@ -160,8 +161,8 @@ def test_scores_stay_close(mesh, decoder):
   assert 0 < off["int8"] < 0.05 and 0 < off["cache"] < 0.02 and off["int8"] < off["int4"] < 0.4, off
   for _, part in nnx.iter_modules(int8):
     if isinstance(part, QuantizedMatrix):
-      wrong = 1 + 0.1 * jnp.asarray(random(*part.scale.shape, seed=3))
-      part.scale[...] = part.scale[...] * wrong
+      scale = part.parts[1]
+      scale[...] = scale[...] * (1 + 0.1 * jnp.asarray(random(*scale.shape, seed=3)))
   assert relative(logits_of(int8, mesh), want) > 0.05
 
 
@@ -265,7 +266,7 @@ def test_rows_together_are_rows_alone(mesh, name):
 # More devices.
 
 def on_eight_devices():
-  quantization.GROUPS = (8,)  # else one device has larger groups
+  quantization.GROUP = 8  # else one device has larger groups
   with jax.default_matmul_precision("highest"):
     one = make_mesh(devices=jax.devices()[:1])
     for decoder, shape, name in ((DENSE, {"tensor": 8}, "int8"),
@@ -276,7 +277,7 @@ def on_eight_devices():
       want, got = logits_of(*alone, "int8"), logits_of(*shared, "int8")
       assert relative(got, want) < 0.002, (shape, relative(got, want))
       block = shared[0].decoder.blocks[0]
-      values = (block.experts if decoder.experts else block).down.values.get_value()
+      values = (block.experts if decoder.experts else block).down.parts[0].get_value()
       assert values.addressable_shards[0].data.size * mesh.size == values.size
 
 
