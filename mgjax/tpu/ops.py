@@ -200,12 +200,18 @@ def _behind_bitcasts(body, i):
 
 def _read(module, body, parameter, array) -> float:
   """Bytes of an operand of a fusion that are read: slices of it, as far as only these are taken."""
+  seen, given_on = _taken(module, body, parameter, array)
+  return array.bytes if given_on else seen
+
+
+def _taken(module, body, parameter, array) -> tuple[float, bool]:
+  """Bytes of an operand that are read within a fusion, and whether it is what that gives, too."""
   names, seen = [parameter.name], 0.0
   for name in names:
     for user in body.values():
       if name not in user.operands:
         continue
-      if user.opcode == "bitcast":
+      if user.opcode == "bitcast" or "output_to_operand_aliasing" in user.attributes:
         names.append(user.name)
       elif user.opcode in _PARTS and user.operands[0] == name:
         seen += user.arrays[0].bytes
@@ -214,8 +220,11 @@ def _read(module, body, parameter, array) -> float:
       elif user.opcode == "fusion":
         inside = module.computations[user.called()[0]]
         places = [str(n) for n, operand in enumerate(user.operands) if operand == name]
-        seen += sum(_read(module, inside, inner, array) for inner in inside.values()
-                    if inner.opcode == "parameter" and inner.argument in places)
+        for inner in inside.values():
+          if inner.opcode == "parameter" and inner.argument in places:
+            own, given_on = _taken(module, inside, inner, array)
+            seen += own
+            names += [user.name] * given_on
       else:
-        return array.bytes
-  return min(array.bytes, seen)
+        seen = array.bytes
+  return min(array.bytes, seen), next(reversed(body)) in names

@@ -105,6 +105,48 @@ def test_of_what_is_cut_out_or_written_into_only_that_part_is_moved():
   assert moved("ahead") == 8 * moved("cut") == 2 * 8 * 1024 * 128
 
 
+NESTED = """%same (p: bf16[512,128]) -> bf16[512,128] {
+  %p = bf16[512,128]{1,0} parameter(0)
+  ROOT %b = bf16[512,128]{1,0} bitcast(%p)
+}
+
+%tiles (q: s8[8,1024,128]) -> s8[8,1024,128] {
+  %q = s8[8,1024,128]{2,1,0} parameter(0)
+  ROOT %copied = s8[8,1024,128]{2,1,0} copy(%q)
+}
+
+%product_of (r: bf16[512,128], x: bf16[8,512]) -> bf16[8,128] {
+  %r = bf16[512,128]{1,0} parameter(0)
+  %x = bf16[8,512]{1,0} parameter(1)
+  %through = bf16[512,128]{1,0} fusion(%r), kind=kLoop, calls=%same
+  ROOT %conv = bf16[8,128]{1,0} convolution(%x, %through), dim_labels=bf_io->bf
+}
+
+%part_of (s: s8[8,1024,128], at: s32[]) -> s8[8,128,128] {
+  %s = s8[8,1024,128]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %retiled = s8[8,1024,128]{2,1,0} fusion(%s), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  ROOT %part = s8[8,128,128]{2,1,0} dynamic-slice(%retiled, %at, %at, %at), dynamic_slice_sizes={8,128,128}
+}
+
+ENTRY %main (w: bf16[512,128], y: bf16[8,512], cache: s8[8,1024,128], n: s32[]) -> bf16[8,128] {
+  %w = bf16[512,128]{1,0} parameter(0)
+  %y = bf16[8,512]{1,0:S(1)} parameter(1)
+  %cache = s8[8,1024,128]{2,1,0} parameter(2)
+  %n = s32[] parameter(3)
+  %block = s8[8,128,128]{2,1,0:S(1)} fusion(%cache, %n), kind=kLoop, calls=%part_of
+  ROOT %out = bf16[8,128]{1,0:S(1)} fusion(%w, %y), kind=kOutput, calls=%product_of
+}
+"""
+
+
+def test_what_fusions_within_a_fusion_read():
+  module = hlo.parse(NESTED)
+  moved = lambda name: ops.hbm_bytes(module, *found(module, name))
+  assert moved("out") == 2 * 512 * 128          # through a fusion that only renames it
+  assert moved("block") - 4 == 8 * 128 * 128    # and the number of the slot: not all of the cache
+
+
 def test_what_is_no_product_takes_as_long_as_the_compiler_says(module):
   computation, add = found(module, "next")
   added = hlo.Instruction(add.name, add.arrays, add.opcode, add.operands, add.argument,
