@@ -86,6 +86,14 @@ class Assistant:
       raise ValueError(f"the {what} holds half a character ({error}); type it as UTF-8"
                        ) from error
 
+  def is_text(self, text: str) -> bool:
+    """Whether `check_text` lets it pass."""
+    try:
+      self.check_text(text)
+    except ValueError:
+      return False
+    return True
+
   def prompt(self, turns: Sequence[Turn], images: Sequence[jax.Array]) -> Prompt:
     """The prompt that asks for the next answer; `images` from `see`, a tag in `turns` for each, or
     none at all.  ValueError as in `data.tokenize.encode_prompt`."""

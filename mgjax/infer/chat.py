@@ -65,14 +65,7 @@ class Chat:
     question from then on; what would be taken for a control token is left out.
     """
     visual = self._assistant.see(self._assistant.pixels(path, hd))
-    self._waiting += (_Picture(visual, tuple(filter(self._is_text, texts))),)
-
-  def _is_text(self, text):
-    try:
-      self._assistant.check_text(text)
-    except ValueError:
-      return False
-    return True
+    self._waiting += (_Picture(visual, tuple(filter(self._assistant.is_text, texts))),)
 
   def drop(self) -> None:
     """Forgets the pictures that wait for the next question."""

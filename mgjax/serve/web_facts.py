@@ -6,10 +6,14 @@ import html
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
 from mgjax.infer.assistant import Assistant
+from mgjax.infer.engine import Engine
+from mgjax.models.mini_gemini import MiniGemini
+from mgjax.sharding import mesh_context
 
 TEXT_EXAMPLES = ("Write a haiku about the sea.",
                  "Explain in three sentences why the sky is blue.")
@@ -18,11 +22,12 @@ TEXT_EXAMPLES = ("Write a haiku about the sea.",
 def facts(assistant: Assistant) -> str:
   """The model in figures, a table in Markdown."""
   engine, config = assistant.engine, assistant.engine.config
-  count, size, formats = _weights(engine.programs.model)
+  formats = _formats(engine.programs.model)
   devices = collections.Counter(d.device_kind for d in engine.mesh.devices.flat)
   decoder = config.decoder
-  rows = [("Parameters", f"{_rounded(count)}"),
-          ("Weights", f"{', '.join(formats)}; {_rounded(size)}B"),
+  names = ", ".join(name for name, _ in formats.most_common())
+  rows = [("Parameters", _rounded(_parameters(engine))),
+          ("Weights", f"{names}; {_rounded(formats.total())}B"),
           ("Language model", f"{decoder.depth} layers, width {decoder.width}, vocabulary "
                              f"{decoder.vocab_size:,}"),
           ("Context", f"{engine.max_length:,} tokens")]
@@ -38,15 +43,19 @@ def facts(assistant: Assistant) -> str:
   return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _weights(model: nnx.Module) -> tuple[int, int, list[str]]:
-  """How many parameters there are, their bytes, and their formats, the commonest first."""
-  arrays = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
-  count, sizes = 0, collections.Counter()
-  for path, array in arrays.items():
-    if (*path[:-1], "values") not in arrays or path[-1] == "values":  # scales are no parameters
-      count += array.size
+def _parameters(engine: Engine) -> int:
+  """How many numbers the model has, in whatever format they lie on the devices."""
+  with mesh_context(engine.mesh):
+    model = nnx.eval_shape(lambda: MiniGemini(engine.config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def _formats(model: nnx.Module) -> collections.Counter[str]:
+  """Bytes of the arrays of each format."""
+  sizes = collections.Counter()
+  for array in jax.tree.leaves(nnx.state(model)):
     sizes[str(array.dtype)] += array.size * jax.dtypes.itemsize_bits(array.dtype) // 8
-  return count, sizes.total(), [name for name, _ in sizes.most_common()]
+  return sizes
 
 
 def _rounded(number: int) -> str:

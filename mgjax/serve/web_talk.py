@@ -89,14 +89,8 @@ async def _grow(service, assistant, pool, before, grown: list[Turn], settings):
 
 def _words(assistant: Assistant, turn: Turn) -> tuple[str, ...]:
   """The words in its pictures, but for what would be taken for a control token."""
-  def is_text(line):
-    try:
-      assistant.check_text(line)
-    except ValueError:
-      return False
-    return True
-
-  return tuple(filter(is_text, (line for path in turn.pictures for line in read_text(path))))
+  lines = (line for path in turn.pictures for line in read_text(path))
+  return tuple(filter(assistant.is_text, lines))
 
 
 def _request(turns: Sequence[Turn], settings: Settings, longest: int | None) -> dict[str, Any]:

@@ -14,16 +14,11 @@ from mgjax.infer.sampling import Sampling
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
+pytestmark = pytest.mark.usefixtures("highest_precision")
 TINY = ModelConfig(
     vision=ClipVitConfig(28, 14, 16, 2, 2, 32), vision_hr=None, hr_size=56,
     decoder=DecoderConfig(97, 32, 2, 4, 2, 8, 48))
 BUCKETS = (16, 64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact():
-  with jax.default_matmul_precision("highest"):
-    yield
 
 
 @pytest.fixture(scope="module")

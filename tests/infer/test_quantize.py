@@ -32,15 +32,10 @@ from mgjax.infer.sampling import Sampling
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
+pytestmark = pytest.mark.usefixtures("highest_precision")
 DENSE = DecoderConfig(97, 64, 2, 8, 8, 8, 96)
 SPARSE = dataclasses.replace(DENSE, experts=4)
 TIED = dataclasses.replace(DENSE, tied_head=True, kv_heads=4, norm_offset=1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact():
-  with jax.default_matmul_precision("highest"):
-    yield
 
 
 @pytest.fixture(scope="module")

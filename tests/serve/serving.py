@@ -21,21 +21,26 @@ from mgjax.data.conversation import get_template
 from mgjax.data.tokenizer import load_tokenizer
 from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
+from mgjax.infer.quantize import quantize
 from mgjax.serve.app import make_app
 from mgjax.serve.limits import Limits
 from mgjax.serve.server import listen, make_server
-from mgjax.sharding import make_mesh
+from mgjax.sharding import make_mesh, mesh_context
 
 CASES = pathlib.Path(__file__).resolve().parents[1] / "data" / "cases"
 
 
-def tiny_assistant(rows=3, max_length=256, buckets=(64, 128)):
+def tiny_assistant(rows=3, max_length=256, buckets=(64, 128), name=None):
   tokenizer = load_tokenizer(CASES / "small_yi")
   config = ModelConfig(vision=ClipVitConfig(28, 14, 16, 2, 2, 32), vision_hr=None, hr_size=56,
                        grid=2, global_view=True,
                        decoder=DecoderConfig(tokenizer.vocab_size, 32, 2, 4, 2, 8, 48))
   mesh = make_mesh(devices=jax.devices()[:1])
-  engine = Engine(random_model(config, mesh), mesh=mesh, max_length=max_length, buckets=buckets,
+  model = random_model(config, mesh)
+  if name:
+    with mesh_context(mesh):
+      quantize(model, name)
+  engine = Engine(model, mesh=mesh, max_length=max_length, buckets=buckets,
                   rows=rows)
   return Assistant(engine, tokenizer, get_template("chatml_direct"), aspect="pad", name="tiny")
 

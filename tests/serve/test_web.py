@@ -5,10 +5,10 @@ import sys
 import threading
 
 import pytest
-from serving import CASES, data_url, eventually, png, user
+from serving import CASES, data_url, eventually, png, tiny_assistant, user
 from windows import SETTINGS, Window, serving_page
 
-from mgjax.serve import web_talk
+from mgjax.serve import web_facts, web_talk
 
 BLUE = (10, 20, 240)
 
@@ -262,6 +262,12 @@ def test_a_failing_engine_and_a_full_queue(assistant, monkeypatch):
     for thread in threads:
       thread.join()
     assert window.ask("Hello") != ""
+
+
+def test_fewer_bytes_are_no_fewer_parameters(assistant):
+  count, weights = web_facts.facts(assistant).splitlines()[2:4]
+  of_int4, their_weights = web_facts.facts(tiny_assistant(name="int4")).splitlines()[2:4]
+  assert of_int4 == count and "float32;" in weights and "int4" in their_weights
 
 
 def test_facts_and_settings(served, window):
