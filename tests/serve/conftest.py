@@ -1,5 +1,6 @@
 import pytest
 from serving import serving, tiny_assistant
+from windows import Window
 
 from mgjax.serve.warm import warm_up
 
@@ -17,6 +18,12 @@ def served(assistant):
   with serving(assistant) as served:
     yield served
   assert set(assistant.engine.programs.compiled) == programs, "a request needed a new program"
+
+
+@pytest.fixture
+def window(served):
+  """Of the page, for files whose server has one."""
+  return Window(served)
 
 
 @pytest.fixture(autouse=True)

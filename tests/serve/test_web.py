@@ -20,11 +20,6 @@ def served(assistant):
 
 
 @pytest.fixture
-def window(served):
-  return Window(served)
-
-
-@pytest.fixture
 def slowly(served, monkeypatch):
   """Steps of the engine take 50 ms."""
   step, never = served.assistant.engine.step, threading.Event()

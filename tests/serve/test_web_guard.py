@@ -15,11 +15,6 @@ def served(assistant):
     yield served
 
 
-@pytest.fixture
-def window(served):
-  return Window(served)
-
-
 @pytest.mark.parametrize("path", [
     "/etc/passwd", "README.md", "../../etc/passwd", "{folder}/../other.png",
     "http://127.0.0.1:{port}/health", "https://example.com/a.png", "{folder}", "{folder}/none.png",
