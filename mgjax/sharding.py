@@ -26,7 +26,7 @@ RULES = {
     "channels": "fsdp", "taps": None, "norm": None,
     # activations
     "batch": ("data", "fsdp", "expert"), "seq": None, "act_embed": None, "act_mlp": "tensor",
-    "act_heads": "tensor", "act_vocab": "tensor", "space": None,
+    "act_heads": "tensor", "act_vocab": "tensor", "space": None, "strips": "tensor",
 }
 
 
@@ -97,8 +97,8 @@ def spec(*names: str | None) -> P:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """`x` laid out by its logical dimension names."""
-  return jax.lax.with_sharding_constraint(x, spec(*names))
+  """`x` laid out by its logical dimension names, those whole that the mesh does not divide."""
+  return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, *names))
 
 
 def fitting_spec(shape: tuple[int, ...], *names: str | None) -> P:

@@ -6,41 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mgjax.config import ClipVitConfig
-from mgjax.models.attention import attention
+from mgjax.models.clip_block import ClipBlock
 from mgjax.models.layers import Dense, LayerNorm, stack
 from mgjax.models.remat import remat
 from mgjax.sharding import constrain, gathered
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-  """x * sigmoid(1.702 x), CLIP's activation."""
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-class ClipBlock(nnx.Module):
-  """Pre-norm transformer block, bidirectional."""
-
-  def __init__(self, config: ClipVitConfig, *, attention: str, dtype, rngs: nnx.Rngs):
-    d, f = config.width, config.mlp_width
-    self.heads, self.attention = config.heads, attention
-    self.norm1 = LayerNorm(d, config.norm_eps)
-    self.q = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.k = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.v = Dense(d, d, ("embed", "heads"), dtype=dtype, rngs=rngs)
-    self.out = Dense(d, d, ("heads", "embed"), dtype=dtype, rngs=rngs)
-    self.norm2 = LayerNorm(d, config.norm_eps)
-    self.up = Dense(d, f, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-    self.down = Dense(f, d, ("mlp", "embed"), dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array) -> jax.Array:  # [N, T, D] -> [N, T, D]
-    n, t, d = x.shape
-    y = self.norm1(x)
-    q, k, v = (f(y).reshape(n, t, self.heads, -1) for f in (self.q, self.k, self.v))
-    q, k, v = (constrain(a, "batch", "seq", "act_heads", None) for a in (q, k, v))
-    attended = attention(q, k, v, implementation=self.attention)
-    x = x + self.out(attended.reshape(n, t, d))
-    y = constrain(quick_gelu(self.up(self.norm2(x))), "batch", "seq", "act_mlp")
-    return constrain(x + self.down(y), "batch", "seq", "act_embed")
 
 
 class ClipVit(nnx.Module):

@@ -1,4 +1,4 @@
-"""Attention of short sequences without order, as in a vision transformer, on a TPU."""
+"""Attention to short sequences without order, as in a vision transformer, on a TPU."""
 from __future__ import annotations
 
 import functools
@@ -7,38 +7,57 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LONGEST = 1024  # positions whose weights fit into the memory of a core
+# What fits into the memory of a core: keys and values, and the weights of a block of queries.
+LONGEST, WEIGHTS = 4096, 1 << 20
 LANES = 128
 
 
 def fits(q: jax.Array, k: jax.Array, heads: int) -> bool:
-  """Whether `short_attention` can take q and k [B, L, H, h], with so many of the heads a device."""
-  length, h = q.shape[1], q.shape[3]
+  """Whether `short_attention` can take q [B, Lq, H, h] and k, with so many of the heads a
+  device."""
+  h = q.shape[3]
   together = max(1, LANES // h)
-  return (q.shape == k.shape and length <= LONGEST and h * together % LANES == 0
+  longest = LONGEST if k.dtype.itemsize <= 2 else LONGEST // 2
+  return (k.shape[1] <= longest and h <= LANES and h * together % LANES == 0
           and heads % together == 0)
+
+
+def query_block(queries: int, keys: int) -> int:
+  """Queries that one block takes.
+
+  >>> [query_block(*n) for n in ((577, 577), (4096, 77), (4096, 4096), (2048, 1024))]
+  [577, 4096, 128, 512]
+  """
+  if queries * keys <= WEIGHTS:
+    return queries
+  return max(LANES, WEIGHTS // 2 // keys // LANES * LANES)  # half: the next block's are on the way
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def short_attention(q: jax.Array, k: jax.Array, v: jax.Array, plain, interpret: bool) -> jax.Array:
   """Softmax attention where everyone sees everyone, of one device's rows and heads.
 
-  q, k, v [B, L, H, h] -> [B, L, H, h].  plain: the same attention as XLA runs it; the backward pass
-  goes through it.  interpret: run the kernel's steps as ordinary operations, on any platform.
+  q [B, Lq, H, h], k, v [B, Lk, H, h] -> [B, Lq, H, h].  plain: the same attention as XLA runs it;
+  the backward pass goes through it.  interpret: run the kernel's steps as ordinary operations, on
+  any platform.
 
   Heads are read as they lie in the rows that the projections give, 128 numbers of a position at a
   time, and written so.  Neither the weights nor any transposed or padded copy leave the core, which
   is what takes XLA's form (and splash attention, whose blocks do not divide 577) most of its time.
   """
   del plain
-  b, length, heads, h = q.shape
-  together = max(1, LANES // h)  # heads of a block
-  block = pl.BlockSpec((None, length, together * h), lambda row, group: (row, 0, group))
-  rows = lambda x: x.reshape(b, length, heads * h)
+  b, queries, heads, h = q.shape
+  keys, together = k.shape[1], max(1, LANES // h)  # heads of a block
+  size = query_block(queries, keys)
+  # The queries' blocks go round last: keys and values stay where they are meanwhile.
+  own = pl.BlockSpec((None, size, together * h), lambda row, group, block: (row, block, group))
+  all_keys = pl.BlockSpec((None, keys, together * h), lambda row, group, block: (row, 0, group))
+  flat = lambda x: x.reshape(*x.shape[:2], heads * h)
   out = pl.pallas_call(
-      functools.partial(_kernel, h=h), grid=(b, heads // together), in_specs=[block] * 3,
-      out_specs=block, out_shape=jax.ShapeDtypeStruct((b, length, heads * h), q.dtype),
-      name="short_attention", interpret=interpret)(rows(q), rows(k), rows(v))
+      functools.partial(_kernel, h=h), grid=(b, heads // together, pl.cdiv(queries, size)),
+      in_specs=[own, all_keys, all_keys], out_specs=own,
+      out_shape=jax.ShapeDtypeStruct((b, queries, heads * h), q.dtype),
+      name="short_attention", interpret=interpret)(*map(flat, (q, k, v)))
   return out.reshape(q.shape)
 
 

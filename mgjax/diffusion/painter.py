@@ -1,0 +1,268 @@
+"""SDXL on the devices: prompts in, pictures out."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgjax import trees
+from mgjax.checkpoint import CONFIG, CheckpointError, load_params, resolve
+from mgjax.config import build
+from mgjax.diffusion.config import SdxlConfig
+from mgjax.diffusion.prompt import PromptTokenizer
+from mgjax.diffusion.schedule import Schedule, make_schedule
+from mgjax.diffusion.sdxl import Sdxl
+from mgjax.sharding import constrain, make_mesh, mesh_context
+
+KIND = "sdxl"  # what config.json says of such a checkpoint
+LARGEST = 4    # times the model's own side; past that nothing sensible comes
+# What a picture should not be (R App. C).
+NEGATIVE = (
+    "out of frame, lowres, text, error, cropped, worst quality, low quality, jpeg artifacts, ugly, "
+    "duplicate, morbid, mutilated, out of frame, extra fingers, mutated hands, poorly drawn hands, "
+    "poorly drawn face, mutation, deformed, blurry, dehydrated, bad anatomy, bad proportions, "
+    "extra limbs, cloned face, disfigured, gross proportions, malformed limbs, missing arms, "
+    "missing legs, extra arms, extra legs, fused fingers, too many fingers, long neck, username, "
+    "watermark, signature")
+
+
+class PaintError(ValueError):
+  """A picture that cannot be painted; the message says why, and what can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Painting:
+  """How to paint.
+
+  Args:
+    width, height: pixels; None: those that the model was trained on.
+    steps: of the sampler.
+    guidance: how much the prompt counts; 1 and less: as it is, without a negative prompt.
+    negative: what the picture should not be; None: nothing is said.
+    seed: of the noise.
+    original: (height, width) of the picture that the model may think it was cut from; None: its own.
+    crop: (top, left) of that cut.
+    target: (height, width) that it should be composed for; None: its own.
+  """
+
+  width: int | None = None
+  height: int | None = None
+  steps: int = 50
+  guidance: float = 5.0
+  negative: str | None = NEGATIVE
+  seed: int = 0
+  original: tuple[int, int] | None = None
+  crop: tuple[int, int] = (0, 0)
+  target: tuple[int, int] | None = None
+
+
+class Painter:
+  """Paints with one model, on all devices; see `open_painter`.
+
+  Weights are whole on every device.  Pictures and their negative halves are spread over the
+  devices; where these are more, each picture is cut into strips (see `diffusion.layers`).
+  """
+
+  def __init__(self, folder: Path, config: SdxlConfig, tokenizers: Sequence[PromptTokenizer], *,
+               dtype, vae_dtype):
+    self.config, self.side, self._folder = config, config.side, folder
+    self._tokenizers, self._dtype, self._vae_dtype = tokenizers, dtype, vae_dtype
+    self._devices = jax.devices()
+    self._params: dict | None = None
+    self._graphdef, self._shapes = abstract_sdxl(config, dtype, vae_dtype)
+    self._encode = jax.jit(self._encode_program)
+    self._sample = jax.jit(self._sample_program)
+    self._decode = jax.jit(self._decode_program)
+
+  # Pure functions, traced once for each size, number of pictures, and guidance or not.
+
+  def _model(self, params) -> Sdxl:
+    return nnx.merge(self._graphdef, params)
+
+  def _encode_program(self, params, ids, ids_2):
+    return self._model(params).encode_prompts(ids, ids_2)
+
+  def _sample_program(self, params, noise, context, pooled, sizes, schedule, steps, guidance):
+    spread = lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1))
+    return self._model(params).sample(spread(noise), spread(context), spread(pooled), sizes,
+                                      schedule, steps, guidance)
+
+  def _decode_program(self, params, latents):
+    """-> uint8 [N, H, W, 3], and whether each latent and each picture is finite, bool [2, N]."""
+    pictures = self._model(params).vae.decode(latents)
+    finite = jnp.stack([jnp.isfinite(x).all((1, 2, 3)) for x in (latents, pictures)])
+    return jnp.round(jnp.clip(pictures * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8), finite
+
+  @property
+  def loaded(self) -> bool:
+    """Whether the weights are on the devices."""
+    return self._params is not None
+
+  def load(self) -> None:
+    """Brings the weights to the devices.  Raises CheckpointError."""
+    if self.loaded:
+      return
+    whole = NamedSharding(mesh_for(1, self._devices), P())
+    wanted = {path: jax.ShapeDtypeStruct(s.shape, self._stored_dtype(path), sharding=whole)
+              for path, s in self._shapes.items()}
+    self._params = trees.unflatten(load_params(self._folder, wanted))
+
+  def _stored_dtype(self, path: str):
+    return self._vae_dtype if path.startswith("vae/") else self._dtype
+
+  def free(self) -> None:
+    """Takes the weights off the devices; `paint` reads them again."""
+    self._params = None
+
+  def check(self, painting: Painting, count: int = 1) -> None:
+    """PaintError if `painting` is out of what the model can do."""
+    shrink, most = self.config.vae.shrink, LARGEST * self.side
+    least = shrink * 2 ** (len(self.config.unet.widths) - 1)
+    for name in ("width", "height"):
+      pixels = getattr(painting, name)
+      if pixels is not None and (pixels % shrink or not least <= pixels <= most):
+        near = min(max(round(pixels / shrink) * shrink, least), most)
+        raise PaintError(f"{name} {pixels}: expected a multiple of {shrink} from {least} to {most}; "
+                         f"{near} is the nearest (the model was trained at {self.side})")
+    if not 1 <= painting.steps <= self.config.schedule.train_steps:
+      raise PaintError(f"steps {painting.steps}: expected 1 to "
+                       f"{self.config.schedule.train_steps}; 30 to 50 are usual")
+    if not 0 <= painting.guidance <= 100:  # nan is neither
+      raise PaintError(f"guidance {painting.guidance}: expected 0 to 100; 5 to 8 are usual")
+    if not 0 <= painting.seed < 2**32:
+      raise PaintError(f"seed {painting.seed}: expected 0 to {2**32 - 1}")
+    if count < 1:
+      raise PaintError(f"{count} pictures: expected at least one prompt")
+
+  def cut(self, prompt: str) -> str:
+    """The end of a prompt that the model does not read, as it has no room; "" if it reads all."""
+    return min((t.cut(prompt) for t in self._tokenizers), key=len, default="")
+
+  def paint(self, prompts: Sequence[str], painting: Painting = Painting()) -> np.ndarray:
+    """A picture for each prompt: uint8 [N, H, W, 3].
+
+    The noise of the i-th picture follows from `painting.seed` and i alone.
+    Raises PaintError, or CheckpointError if the weights cannot be read.
+    """
+    self.check(painting, len(prompts))
+    self.load()
+    latents = self._latents(prompts, painting)
+    together = math.gcd(len(prompts), len(self._devices))
+    out = []
+    for i in range(0, len(prompts), together):
+      with mesh_context(mesh_for(together, self._devices)):
+        pictures, finite = self._decode(self._params, self._place(latents[i:i + together]))
+      refuse_unfinite(np.asarray(finite), self._dtype, self._vae_dtype)
+      out.append(np.asarray(pictures))
+    return np.concatenate(out)
+
+  def _latents(self, prompts, painting):
+    n, config = len(prompts), self.config
+    guided = painting.guidance > 1
+    height, width = painting.height or self.side, painting.width or self.side
+    own = (height, width)
+    sizes = [*(painting.original or own), *painting.crop, *(painting.target or own)]
+    schedule = padded(make_schedule(config.schedule, painting.steps), config.schedule.train_steps)
+    shape = (height // config.vae.shrink, width // config.vae.shrink, config.vae.channels)
+    with mesh_context(mesh_for(2 * n if guided else n, self._devices)):
+      context, pooled = self._read(prompts, painting.negative if guided else None, guided)
+      noise = make_noise(painting.seed, n, shape)
+      return self._sample(
+          self._params, *map(self._place, (noise, context, pooled)),
+          np.tile(np.array(sizes, np.float32), (n, 1)), schedule, np.int32(painting.steps),
+          np.float32(painting.guidance) if guided else None)
+
+  def _read(self, prompts, negative, guided):
+    """Prompts as the UNet wants them; where guided, behind as many negative ones."""
+    zeros = guided and negative is None and self.config.zero_negative
+    before = [negative or ""] * (len(prompts) if guided and not zeros else 0)
+    texts = [*before, *prompts]
+    encoded = self._encode(self._params, *(tokenize(texts) for tokenize in self._tokenizers))
+    if not zeros:
+      return encoded
+    return tuple(jnp.concatenate([jnp.zeros_like(x), x]) for x in encoded)
+
+  def _place(self, x):
+    """An array of any mesh, whole on every device of the one at hand."""
+    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
+def open_painter(folder: str | os.PathLike, *, sampler: str | None = None, dtype=None,
+                 vae_dtype=jnp.float32) -> Painter:
+  """A converted SDXL (`python -m conversion.from_hf --sdxl ...`), its weights not read yet.
+
+  Args:
+    sampler: "euler" or "ddim"; None: as the model was published.
+    dtype: of the computation; None: bfloat16, on a CPU float32.
+    vae_dtype: of the autoencoder's.
+
+  Raises FileNotFoundError, CheckpointError or ValueError, naming the folder.
+  """
+  folder = Path(folder)
+  if not folder.exists():
+    raise FileNotFoundError(f"{folder}: no such folder; expected a converted SDXL")
+  root = resolve(folder).parent.parent
+  try:
+    saved = json.loads((root / CONFIG).read_text())
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{root / CONFIG}: cannot be read ({error})") from error
+  if saved.get("kind") != KIND:
+    raise CheckpointError(f"{root}: no model that draws; expected what `python -m "
+                          "conversion.from_hf --sdxl` makes")
+  config = build(SdxlConfig, saved["model"], f"{root / CONFIG}: model")
+  if sampler is not None:
+    config = dataclasses.replace(config, schedule=dataclasses.replace(
+        config.schedule, sampler=sampler))
+  if dtype is None:
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  length = config.text_encoder.length
+  tokenizers = [PromptTokenizer(root / name, length) for name in ("tokenizer", "tokenizer_2")]
+  return Painter(folder, config, tokenizers, dtype=dtype, vae_dtype=vae_dtype)
+
+
+def abstract_sdxl(config: SdxlConfig, dtype, vae_dtype):
+  """Graph of the model, and its parameters by path as ShapeDtypeStructs."""
+  with mesh_context(make_mesh(devices=jax.devices()[:1])):
+    graphdef, state = nnx.split(nnx.eval_shape(
+        lambda: Sdxl(config, dtype=dtype, vae_dtype=vae_dtype, rngs=nnx.Rngs(0))))
+  return graphdef, trees.flatten(trees.pure(state))
+
+
+def mesh_for(rows: int, devices) -> Mesh:
+  """A mesh that shares so many rows evenly, and cuts maps into strips on what is left of it."""
+  data = math.gcd(rows, len(devices))
+  return make_mesh({"data": data, "tensor": len(devices) // data}, devices)
+
+
+def padded(schedule: Schedule, length: int) -> Schedule:
+  """With rows of zeros up to `length`, so that every number of steps has the same shapes."""
+  pad = lambda x: np.pad(x, (0, length - len(x))) if x.ndim else x
+  return jax.tree.map(pad, schedule)
+
+
+def make_noise(seed: int, n: int, shape: tuple[int, int, int]) -> np.ndarray:
+  """Normal noise [n, *shape]; the i-th follows from seed and i, on whatever devices."""
+  with jax.set_mesh(make_mesh(devices=jax.local_devices()[:1])):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(n))
+    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
+
+
+def refuse_unfinite(finite: np.ndarray, dtype, vae_dtype) -> None:
+  """PaintError unless latents and pictures, bool [2, N], are all finite."""
+  name = lambda d: jnp.dtype(d).name
+  if not finite[0].all():
+    raise PaintError(f"the UNet's latents are not finite in {name(dtype)}; the weights are damaged, "
+                     "or need bfloat16 or float32")
+  if not finite[1].all():
+    raise PaintError(f"the autoencoder's picture is not finite in {name(vae_dtype)}; decode in "
+                     "float32, which is the default: its published weights overflow in float16")
