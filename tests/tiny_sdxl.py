@@ -69,7 +69,8 @@ def write_tokenizer(folder: Path, pad: str) -> None:
   letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
   merges = ["t h", "th e</w>", "c a", "ca t</w>", "r e", "re d</w>", "d o", "do g</w>", "o n</w>"]
   pieces = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
-  pieces += [f"<unused{i}>" for i in range(598 - len(pieces))] + ["<|startoftext|>", "<|endoftext|>"]
+  pieces += [f"<unused{i}>" for i in range(598 - len(pieces))]
+  pieces += ["<|startoftext|>", "<|endoftext|>"]
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
   (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

@@ -18,7 +18,6 @@ from mgjax.models.layers import Dense
 from mgjax.models.short_attention import fits, short_attention
 from mgjax.sharding import constrain, fitting_spec
 
-
 WEIGHTS_BYTES = 1 << 28  # of attention at one time, on a device
 
 

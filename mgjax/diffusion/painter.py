@@ -50,7 +50,7 @@ class Painting:
     guidance: how much the prompt counts; 1 and less: as it is, without a negative prompt.
     negative: what the picture should not be; None: nothing is said.
     seed: of the noise.
-    original: (height, width) of the picture that the model may think it was cut from; None: its own.
+    original: (height, width) of the picture that it may seem to be cut from; None: its own.
     crop: (top, left) of that cut.
     target: (height, width) that it should be composed for; None: its own.
   """
@@ -132,8 +132,8 @@ class Painter:
       pixels = getattr(painting, name)
       if pixels is not None and (pixels % shrink or not least <= pixels <= most):
         near = min(max(round(pixels / shrink) * shrink, least), most)
-        raise PaintError(f"{name} {pixels}: expected a multiple of {shrink} from {least} to {most}; "
-                         f"{near} is the nearest (the model was trained at {self.side})")
+        raise PaintError(f"{name} {pixels}: expected a multiple of {shrink} from {least} to "
+                         f"{most}; {near} is the nearest (the model was trained at {self.side})")
     if not 1 <= painting.steps <= self.config.schedule.train_steps:
       raise PaintError(f"steps {painting.steps}: expected 1 to "
                        f"{self.config.schedule.train_steps}; 30 to 50 are usual")
@@ -261,8 +261,8 @@ def refuse_unfinite(finite: np.ndarray, dtype, vae_dtype) -> None:
   """PaintError unless latents and pictures, bool [2, N], are all finite."""
   name = lambda d: jnp.dtype(d).name
   if not finite[0].all():
-    raise PaintError(f"the UNet's latents are not finite in {name(dtype)}; the weights are damaged, "
-                     "or need bfloat16 or float32")
+    raise PaintError(f"the UNet's latents are not finite in {name(dtype)}; the weights are "
+                     "damaged, or need bfloat16 or float32")
   if not finite[1].all():
     raise PaintError(f"the autoencoder's picture is not finite in {name(vae_dtype)}; decode in "
                      "float32, which is the default: its published weights overflow in float16")

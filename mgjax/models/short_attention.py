@@ -18,8 +18,8 @@ def fits(q: jax.Array, k: jax.Array, heads: int) -> bool:
   h = q.shape[3]
   together = max(1, LANES // h)
   longest = LONGEST if k.dtype.itemsize <= 2 else LONGEST // 2
-  return (k.shape[1] <= longest and h <= LANES and h * together % LANES == 0
-          and heads % together == 0)
+  return (k.shape[1] <= longest and q.shape[2] == k.shape[2] and h <= LANES
+          and h * together % LANES == 0 and heads % together == 0)
 
 
 def query_block(queries: int, keys: int) -> int:

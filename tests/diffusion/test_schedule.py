@@ -61,5 +61,5 @@ def test_steps_out_of_range(steps):
 
 
 def test_unknown_names_are_told():
-  with pytest.raises(ConfigError, match="schedule.sampler: 'dpm' does not exist; one of euler, ddi"):
+  with pytest.raises(ConfigError, match="'dpm' does not exist; one of euler, ddim"):
     dataclasses.replace(ScheduleConfig(), sampler="dpm")

@@ -6,6 +6,7 @@ import pytest
 
 from mgjax.config import ConfigError
 from mgjax.models.attention import attention, choose, packed_causal_mask, plain_attention
+from mgjax.models.short_attention import fits, short_attention
 from mgjax.models.splash import block_size
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -62,6 +63,14 @@ def test_without_order(heads, h, length):
   assert "short_attention" in str(jax.make_jaxpr(ours)(q, k, v))
   for a, b in zip(*(value_and_gradients(f, q, k, v, g) for f in (ours, plain_attention))):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("queries,keys", [(300, 77), (1100, 1024)])  # the last in three blocks
+def test_other_keys_than_queries(queries, keys):
+  q, k = inputs(1, queries, 2, 2, 64)[0], inputs(1, keys, 2, 2, 64)[0]
+  assert fits(q, k, 2)
+  ours = short_attention(q, k, k + 1, plain_attention, True)
+  np.testing.assert_allclose(ours, plain_attention(q, k, k + 1), atol=2e-5)
 
 
 @pytest.mark.parametrize("heads,kv_heads,h", [(2, 2, 16), (4, 2, 64), (3, 3, 64), (2, 2, 96)])
