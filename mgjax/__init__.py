@@ -20,6 +20,7 @@ _HOME = {
     "Sampling": "mgjax.infer.sampling",
     "Assistant": "mgjax.infer.assistant",
     "load": "mgjax.infer.assistant",
+    "open_painter": "mgjax.diffusion.painter",
 }
 __all__ = sorted(_HOME)
 

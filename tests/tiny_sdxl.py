@@ -5,17 +5,17 @@ import json
 from pathlib import Path
 
 UNET = dict(
-    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32, 64),
-    layers_per_block=2, norm_num_groups=8, cross_attention_dim=48, attention_head_dim=(2, 4, 8),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
+    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32),
+    layers_per_block=1, norm_num_groups=8, cross_attention_dim=48, attention_head_dim=(2, 4),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2), use_linear_projection=True,
     addition_embed_type="text_time", addition_time_embed_dim=8,
     projection_class_embeddings_input_dim=24 + 6 * 8)
 VAE = dict(
-    sample_size=128, block_out_channels=(8, 16, 16, 32), latent_channels=4, norm_num_groups=8,
+    sample_size=32, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=8,
     layers_per_block=1, scaling_factor=0.13025, force_upcast=True,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
 TEXT = dict(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
             num_attention_heads=2, max_position_embeddings=77, hidden_act="quick_gelu",
             projection_dim=16, bos_token_id=598, eos_token_id=2, pad_token_id=1)

@@ -75,10 +75,10 @@ class Painter:
 
   def __init__(self, folder: Path, config: SdxlConfig, tokenizers: Sequence[PromptTokenizer], *,
                dtype, vae_dtype):
-    self.config, self.side, self._folder = config, config.side, folder
+    self.config, self.side, self.folder = config, config.side, folder
     self._tokenizers, self._dtype, self._vae_dtype = tokenizers, dtype, vae_dtype
     self._devices = jax.devices()
-    self._params: dict | None = None
+    self.params: dict | None = None  # on the devices, or None
     self._graphdef, self._shapes = abstract_sdxl(config, dtype, vae_dtype)
     self._encode = jax.jit(self._encode_program)
     self._sample = jax.jit(self._sample_program)
@@ -90,23 +90,24 @@ class Painter:
     return nnx.merge(self._graphdef, params)
 
   def _encode_program(self, params, ids, ids_2):
-    return self._model(params).encode_prompts(ids, ids_2)
+    encoded = self._model(params).encode_prompts(ids, ids_2)
+    return tuple(jax.lax.with_sharding_constraint(x, P()) for x in encoded)
 
   def _sample_program(self, params, noise, context, pooled, sizes, schedule, steps, guidance):
-    spread = lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1))
-    return self._model(params).sample(spread(noise), spread(context), spread(pooled), sizes,
-                                      schedule, steps, guidance)
+    return spread(self._model(params).sample(
+        spread(noise), spread(context), spread(pooled), sizes, schedule, steps, guidance))
 
   def _decode_program(self, params, latents):
     """-> uint8 [N, H, W, 3], and whether each latent and each picture is finite, bool [2, N]."""
     pictures = self._model(params).vae.decode(latents)
     finite = jnp.stack([jnp.isfinite(x).all((1, 2, 3)) for x in (latents, pictures)])
-    return jnp.round(jnp.clip(pictures * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8), finite
+    pixels = jnp.round(jnp.clip(pictures * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return spread(pixels), jax.lax.with_sharding_constraint(finite, P())
 
   @property
   def loaded(self) -> bool:
     """Whether the weights are on the devices."""
-    return self._params is not None
+    return self.params is not None
 
   def load(self) -> None:
     """Brings the weights to the devices.  Raises CheckpointError."""
@@ -115,14 +116,19 @@ class Painter:
     whole = NamedSharding(mesh_for(1, self._devices), P())
     wanted = {path: jax.ShapeDtypeStruct(s.shape, self._stored_dtype(path), sharding=whole)
               for path, s in self._shapes.items()}
-    self._params = trees.unflatten(load_params(self._folder, wanted))
+    self.params = trees.unflatten(load_params(self.folder, wanted))
+
+  @property
+  def model(self) -> Sdxl:
+    """The model around the weights that are loaded.  Call it inside a mesh."""
+    return self._model(self.params)
 
   def _stored_dtype(self, path: str):
     return self._vae_dtype if path.startswith("vae/") else self._dtype
 
   def free(self) -> None:
     """Takes the weights off the devices; `paint` reads them again."""
-    self._params = None
+    self.params = None
 
   def check(self, painting: Painting, count: int = 1) -> None:
     """PaintError if `painting` is out of what the model can do."""
@@ -154,47 +160,43 @@ class Painter:
     The noise of the i-th picture follows from `painting.seed` and i alone.
     Raises PaintError, or CheckpointError if the weights cannot be read.
     """
-    self.check(painting, len(prompts))
-    self.load()
-    latents = self._latents(prompts, painting)
+    latents = self.latents(prompts, painting)
     together = math.gcd(len(prompts), len(self._devices))
     out = []
     for i in range(0, len(prompts), together):
       with mesh_context(mesh_for(together, self._devices)):
-        pictures, finite = self._decode(self._params, self._place(latents[i:i + together]))
+        pictures, finite = self._decode(*place((self.params, latents[i:i + together])))
       refuse_unfinite(np.asarray(finite), self._dtype, self._vae_dtype)
       out.append(np.asarray(pictures))
     return np.concatenate(out)
 
-  def _latents(self, prompts, painting):
+  def latents(self, prompts: Sequence[str], painting: Painting) -> jax.Array:
+    """What `paint` decodes, float32 [N, H/8, W/8, 4]; as `paint` otherwise."""
+    self.check(painting, len(prompts))
+    self.load()
     n, config = len(prompts), self.config
     guided = painting.guidance > 1
     height, width = painting.height or self.side, painting.width or self.side
     own = (height, width)
     sizes = [*(painting.original or own), *painting.crop, *(painting.target or own)]
     schedule = padded(make_schedule(config.schedule, painting.steps), config.schedule.train_steps)
+    guidance = np.float32(painting.guidance) if guided else None
     shape = (height // config.vae.shrink, width // config.vae.shrink, config.vae.channels)
     with mesh_context(mesh_for(2 * n if guided else n, self._devices)):
       context, pooled = self._read(prompts, painting.negative if guided else None, guided)
-      noise = make_noise(painting.seed, n, shape)
-      return self._sample(
-          self._params, *map(self._place, (noise, context, pooled)),
-          np.tile(np.array(sizes, np.float32), (n, 1)), schedule, np.int32(painting.steps),
-          np.float32(painting.guidance) if guided else None)
+      arrays = place((self.params, make_noise(painting.seed, n, shape), context, pooled))
+      sizes = np.tile(np.array(sizes, np.float32), (n, 1))
+      return self._sample(*arrays, sizes, schedule, np.int32(painting.steps), guidance)
 
   def _read(self, prompts, negative, guided):
     """Prompts as the UNet wants them; where guided, behind as many negative ones."""
     zeros = guided and negative is None and self.config.zero_negative
     before = [negative or ""] * (len(prompts) if guided and not zeros else 0)
     texts = [*before, *prompts]
-    encoded = self._encode(self._params, *(tokenize(texts) for tokenize in self._tokenizers))
+    encoded = self._encode(place(self.params), *(tokenize(texts) for tokenize in self._tokenizers))
     if not zeros:
       return encoded
     return tuple(jnp.concatenate([jnp.zeros_like(x), x]) for x in encoded)
-
-  def _place(self, x):
-    """An array of any mesh, whole on every device of the one at hand."""
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
 def open_painter(folder: str | os.PathLike, *, sampler: str | None = None, dtype=None,
@@ -242,6 +244,17 @@ def mesh_for(rows: int, devices) -> Mesh:
   """A mesh that shares so many rows evenly, and cuts maps into strips on what is left of it."""
   data = math.gcd(rows, len(devices))
   return make_mesh({"data": data, "tensor": len(devices) // data}, devices)
+
+
+def place(tree):
+  """Arrays whole on every device of the mesh at hand; those that are so on another mesh of the same
+  devices are not moved."""
+  return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
+
+
+def spread(x: jax.Array) -> jax.Array:
+  """An array [N, ...] with its pictures over the devices."""
+  return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def padded(schedule: Schedule, length: int) -> Schedule:
