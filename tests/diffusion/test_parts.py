@@ -93,3 +93,24 @@ def test_end_of_text_by_its_id(sdxl, model):
     check(text(jnp.asarray(ids))[1], want)
   finally:
     text.config = config
+
+
+def test_epsilons(sdxl, model):
+  """Too small to be seen in the values above."""
+  unet, vae, theirs = model.unet, model.vae, sdxl.pipeline
+  level, its = unet.down[1], theirs.unet.down_blocks[1]
+  block, its_block = level.attentions[0].blocks, its.attentions[0].transformer_blocks[0]
+  text, its_text = model.text_encoder_2, theirs.text_encoder_2.text_model
+  pairs = [
+      (level.resnets[0].norm1, its.resnets[0].norm1),
+      (level.resnets[0].norm2, its.resnets[0].norm2),
+      (level.attentions[0].norm, its.attentions[0].norm),
+      (block.norm1, its_block.norm1), (block.norm2, its_block.norm2),
+      (block.norm3, its_block.norm3), (unet.norm_out, theirs.unet.conv_norm_out),
+      (vae.decoder.up[0].resnets[0].norm1, theirs.vae.decoder.up_blocks[0].resnets[0].norm1),
+      (vae.encoder.mid.attention.norm, theirs.vae.encoder.mid_block.attentions[0].group_norm),
+      (vae.encoder.norm_out, theirs.vae.encoder.conv_norm_out),
+      (vae.decoder.norm_out, theirs.vae.decoder.conv_norm_out),
+      (text.final_norm, its_text.final_layer_norm),
+      (text.last.norm1, its_text.encoder.layers[-1].layer_norm1)]
+  assert [ours.eps for ours, _ in pairs] == [its.eps for _, its in pairs]
