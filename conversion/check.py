@@ -1,7 +1,7 @@
 """Compares: this package with the original on a golden case, or two checkpoints with each other.
 
   python -m conversion.check --case ../shared/golden/llama
-  python -m conversion.check --checkpoint A --reference B     # HuggingFace folders or mgjax runs
+  python -m conversion.check --checkpoint A --reference B     # folders of any kind
 
 Prints a table and exits with 0 only if everything holds.
 """

@@ -4,11 +4,13 @@
   python -m conversion.from_hf --llm vicuna-7b --clip clip-vit-large-patch14-336 \\
       --openclip openclip-convnext-large-d-320 --output checkpoints/start-7b [--adapter FILE]
   python -m conversion.from_hf --llm SmolLM2-135M-Instruct --output checkpoints/smollm2
+  python -m conversion.from_hf --sdxl stable-diffusion-xl-base-1.0 --output checkpoints/sdxl
 
 The first reads a published checkpoint; its towers come from it, or from --towers where it has none.
 The second puts together the start of stage 1, with the mm_projector.bin of a stage 1 that of stage
 2.  The third is a language model alone.  The result is a normal checkpoint: launch/chat.py answers
-from it, launch/train.py goes on from it (--config.init_from=OUTPUT).
+from it, launch/train.py goes on from it (--config.init_from=OUTPUT).  The last is the folder of a
+diffusers pipeline, with all its parts.
 """
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import mapping
+from conversion import mapping, sdxl
+from conversion.arrays import array_plan, write_arrays, write_notes
 from conversion.config import (
   CLIP,
   CONVNEXT,
@@ -35,16 +38,9 @@ from conversion.config import (
 )
 from conversion.families import Json, family_of, guess_template
 from conversion.sources import adapter_tensors, find_towers, read_towers
-from conversion.store import Array, Writer, parameter_shapes
-from conversion.tensors import (
-  FLOATS,
-  ConversionError,
-  SafetensorsWriter,
-  Tensors,
-  first_nonfinite,
-  open_tensors,
-)
-from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
+from conversion.store import Array, parameter_shapes
+from conversion.tensors import ConversionError, Tensors, open_tensors
+from conversion.transfer import finished_folder, needs_space, tool
 from mgjax.checkpoint import ORIGIN, SETTINGS, TOKENIZER, write_run
 from mgjax.config import ModelConfig
 from mgjax.data.conversation import get_template
@@ -66,6 +62,8 @@ class Source:
 
 def published(checkpoint: Path, towers: Path | None) -> Source:
   """A checkpoint of the original, or a language model alone."""
+  if sdxl.is_pipeline(checkpoint):
+    raise ConversionError(f"{checkpoint}: this is a diffusers pipeline; convert it with --sdxl")
   where = str(checkpoint / "config.json")
   config = read_json(checkpoint / "config.json")
   check_types(config, where)
@@ -168,22 +166,7 @@ def convert(source: Source, output: Path, *, template: str | None = None,
   with finished_folder(output) as part:
     write_origin(part / ORIGIN, source, tensors, rows, arrays, copied)
     write_run(part, dataclasses.asdict(config), settings["tokenizer"])
-    writer = Writer(part, arrays)
-
-    def job(row: mapping.Row) -> None:
-      value = read_finite(tensors, row.hf)
-      writer.write(row.path, row.at, row.form.load(value))
-
-    run_jobs("reading", [Job(tensors.headers[r.hf].nbytes, lambda r=r: job(r)) for r in rows])
-
-
-def read_finite(tensors: Tensors, name: str) -> np.ndarray:
-  """A tensor; ConversionError if it holds a nan or an infinity."""
-  value = tensors.read(name)
-  if (at := first_nonfinite(value)) is not None:
-    raise ConversionError(f"{tensors.headers[name].file}: {name}{list(at)} is {value[at]}; the "
-                          "weights are damaged")
-  return value
+    write_arrays(part, tensors, rows, arrays)
 
 
 def without_copy(tensors: Tensors, model: ModelConfig) -> tuple[Tensors, bool]:
@@ -195,22 +178,6 @@ def without_copy(tensors: Tensors, model: ModelConfig) -> tuple[Tensors, bool]:
     raise ConversionError(f"{tensors.headers[head].file}: {head} differs from {table}, but "
                           "config.json says that they are one (tie_word_embeddings)")
   return tensors.renamed(lambda n: None if n == head else n), True
-
-
-def array_plan(tensors: Tensors, rows: list[mapping.Row],
-               shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-  """What is written; a stack of tensors of several dtypes has the one that holds them all."""
-  dtypes: dict[str, np.dtype] = {}
-  for row in rows:
-    header = tensors.headers[row.hf]
-    if header.dtype not in FLOATS:
-      raise ConversionError(f"{header.file}: {row.hf} is {header.dtype.name}; expected float32, "
-                            "float16 or bfloat16")
-    before = dtypes.setdefault(row.path, header.dtype)
-    if before != header.dtype:  # float16 and bfloat16 both fit into float32
-      dtypes[row.path] = np.dtype(np.float32)
-  stacked = {row.path: len(row.at) for row in rows}
-  return {path: Array(shapes[path], dtype, stacked[path]) for path, dtype in dtypes.items()}
 
 
 def chat_settings(source: Source, model: ModelConfig, tokenizer_dir: Path,
@@ -252,18 +219,8 @@ def write_origin(folder: Path, source: Source, tensors: Tensors, rows: list[mapp
   for name in SETTINGS:
     if (source.folder / name).is_file():
       (folder / name).write_bytes((source.folder / name).read_bytes())
-  dtypes = {r.hf: tensors.headers[r.hf].dtype.name for r in rows
-            if tensors.headers[r.hf].dtype != arrays[r.path].dtype}
-  notes = {"dtypes": dtypes, "copied_head": copied,
-           "dtype": tensors.headers[mapping.TABLE].dtype.name}
-  (folder / "tensors.json").write_text(json.dumps(notes) + "\n")
-  buffers = sorted(n for n in tensors.headers if mapping.IGNORED.search(n))
-  if buffers:
-    headers = {n: (tensors.headers[n].shape, tensors.headers[n].dtype) for n in buffers}
-    writer = SafetensorsWriter(folder / "buffers.safetensors", headers)
-    for name in buffers:
-      writer.write(name, tensors.read(name))
-    writer.close()
+  write_notes(folder, tensors, rows, arrays, copied_head=copied,
+              dtype=tensors.headers[mapping.TABLE].dtype.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
   add("--clip", "a CLIP folder (openai/clip-vit-large-patch14-336)")
   add("--openclip", "an OpenCLIP ConvNeXt folder")
   add("--adapter", "mm_projector.bin of a stage 1, or the folder that holds it")
+  add("--sdxl", "a diffusers SDXL")
   add("--output", "the checkpoint to make; must not exist", required=True)
   add("--tokenizer", "its tokenizer, if not in the language model's folder")
   parser.add_argument("--template", metavar="NAME",
@@ -286,21 +244,37 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--activation", choices=("silu", "gelu", "gelu_tanh"),
                       help="of the language model's MLP, where config.json says another than it "
                            "was trained with (Gemma)")
+  parser.add_argument("--variant", choices=[v for v in sdxl.VARIANTS if v],
+                      help="which files of --sdxl; default: the plain ones, fp16 where there are "
+                           "no plain ones")
   args = parser.parse_args(argv)
-  if (args.checkpoint is None) == (args.llm is None):
-    parser.error("give either --checkpoint or --llm")
+  if sum(x is not None for x in (args.checkpoint, args.llm, args.sdxl)) != 1:
+    parser.error("give one of --checkpoint, --llm and --sdxl")
+  of_others = [f"--{n}" for n in ("towers", "clip", "openclip", "adapter", "tokenizer", "template",
+                                  "activation") if getattr(args, n)]
+  if args.sdxl and of_others:
+    parser.error(f"{of_others[0]} has no use with --sdxl")
+  if args.variant and not args.sdxl:
+    parser.error("--variant goes with --sdxl")
   if args.checkpoint and (args.clip or args.openclip or args.adapter):
     parser.error("--clip, --openclip and --adapter go with --llm; with --checkpoint use --towers")
   if args.llm and args.towers:
     parser.error("--towers goes with --checkpoint; with --llm use --clip and --openclip")
   with tool() as outcome:
-    source = (published(args.checkpoint, args.towers) if args.checkpoint else
-              assembled(args.llm, args.clip, args.openclip, args.adapter))
-    convert(source, args.output, template=args.template, tokenizer_dir=args.tokenizer,
-            activation=args.activation)
+    if args.sdxl:
+      variants = (args.variant,) if args.variant else sdxl.VARIANTS
+      sdxl.convert(sdxl.open_pipeline(args.sdxl, variants), args.output)
+      note = None
+    else:
+      source = (published(args.checkpoint, args.towers) if args.checkpoint else
+                assembled(args.llm, args.clip, args.openclip, args.adapter))
+      convert(source, args.output, template=args.template, tokenizer_dir=args.tokenizer,
+              activation=args.activation)
+      note = None if source.complete else (
+          "projector and mining are still to be learnt: train stage 1 from it")
     print(f"{args.output}: done")
-    if not source.complete:
-      print("projector and mining are still to be learnt: train stage 1 from it")
+    if note:
+      print(note)
   return outcome.code
 
 

@@ -2,8 +2,9 @@
 
   python -m conversion.inspect DIR
 
-DIR may be a published checkpoint, a language model, a CLIP or OpenCLIP tower, a stage-1 adapter, or
-an mgjax run.  Exits with 0 if everything is there, with 1 if tensors are missing or unknown.
+DIR may be a published checkpoint, a language model, a CLIP or OpenCLIP tower, a stage-1 adapter, a
+diffusers SDXL, or an mgjax run.  Exits with 0 if everything is there, with 1 if tensors are missing
+or unknown.
 """
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from conversion import mapping
+from conversion import mapping, sdxl
 from conversion.config import (
     CLIP,
     CONVNEXT,
@@ -25,6 +26,7 @@ from conversion.config import (
     read_model,
 )
 from conversion.families import family_of, guess_template
+from conversion.sdxl_mapping import sdxl_rows
 from conversion.sources import (
     ADAPTER,
     adapter_tensors,
@@ -50,13 +52,25 @@ def open_any(folder: Path) -> Tensors:
   """The tensors of an mgjax run or of a HuggingFace folder, by the original's names."""
   if not folder.is_dir():
     raise ConversionError(f"{folder}: no such folder")
+  if pipeline := open_sdxl(folder):
+    return pipeline.tensors
   return open_checkpoint(folder).tensors if is_run(folder) else open_tensors(folder)
+
+
+def open_sdxl(folder: Path) -> sdxl.Pipeline | None:
+  """SDXL as an mgjax run or a diffusers folder, None for anything else."""
+  if is_run(folder):
+    return sdxl.open_run(folder) if sdxl.is_sdxl(folder) else None
+  return sdxl.open_pipeline(folder) if sdxl.is_pipeline(folder) else None
 
 
 def describe(folder: Path) -> tuple[list[tuple[str, str]], bool]:
   """(what, value) pairs, and whether the folder is whole.  Raises ConversionError."""
   if not folder.is_dir():
     raise ConversionError(f"{folder}: no such folder")
+  if pipeline := open_sdxl(folder):
+    what = "mgjax run of SDXL" if is_run(folder) else "diffusers SDXL"
+    return _facts(what, pipeline.tensors, sdxl.facts(pipeline.model), sdxl_rows(pipeline.model))
   if is_run(folder):
     return _describe_run(folder)
   if is_clip(folder):
@@ -164,6 +178,8 @@ def _size(header: Header) -> int:
 
 
 def _part(name: str) -> str:
+  if "/" in name:  # of SDXL
+    return name.split("/")[0]
   for part, prefix in (("CLIP", CLIP), ("ConvNeXt", CONVNEXT), ("mining", "model.vlm_uni"),
                        ("projector", "model.mm_projector")):
     if name.startswith(prefix):

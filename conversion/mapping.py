@@ -29,6 +29,10 @@ LINEAR = Form(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
 DEPTHWISE = Form(lambda x: x[:, 0].transpose(1, 2, 0),
                  lambda x: x.transpose(2, 0, 1)[:, None], lambda s: (s[2], 1, *s[:2]))
 
+# A 3x3 convolution: [out, in, 3, 3] there, [3, 3, in, out] here.
+CONV3 = Form(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1),
+             lambda s: (s[3], s[2], s[0], s[1]))
+
 
 def conv(size: int) -> Form:
   """A convolution whose stride is its size: [out, in, k, k] there, [k*k*in, out] here."""
@@ -51,12 +55,14 @@ class Row:
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _norm(hf, path, *at, bias=True):
+def norm_rows(hf: str, path: str, *at: int, bias: bool = True) -> list[Row]:
+  """Scale and bias of a norm."""
   rows = [Row(f"{hf}.weight", f"{path}/scale", SAME, at)]
   return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
 
 
-def _linear(hf, path, *at, bias=True, form=LINEAR):
+def linear_rows(hf: str, path: str, *at: int, bias: bool = True, form: Form = LINEAR) -> list[Row]:
+  """Kernel and bias of a dense layer, or a convolution."""
   rows = [Row(f"{hf}.weight", f"{path}/kernel", form, at)]
   return rows + ([Row(f"{hf}.bias", f"{path}/bias", SAME, at)] if bias else [])
 
@@ -77,11 +83,21 @@ def decoder_rows(config: DecoderConfig) -> list[Row]:
     else:
       names |= {f"mlp.{name}_proj": name for name in ("gate", "up", "down")}
     for theirs, ours in names.items():
-      rows += _linear(f"{hf}.{theirs}", f"{path}/{ours}", i, bias=False)
-    rows += _norm(f"{hf}.input_layernorm", f"{path}/norm1", i, bias=False)
-    rows += _norm(f"{hf}.post_attention_layernorm", f"{path}/norm2", i, bias=False)
-  rows += _norm("model.norm", "decoder/norm", bias=False)
-  return rows if config.tied_head else rows + _linear("lm_head", "decoder/head", bias=False)
+      rows += linear_rows(f"{hf}.{theirs}", f"{path}/{ours}", i, bias=False)
+    rows += norm_rows(f"{hf}.input_layernorm", f"{path}/norm1", i, bias=False)
+    rows += norm_rows(f"{hf}.post_attention_layernorm", f"{path}/norm2", i, bias=False)
+  rows += norm_rows("model.norm", "decoder/norm", bias=False)
+  return rows if config.tied_head else rows + linear_rows("lm_head", "decoder/head", bias=False)
+
+
+def clip_block_rows(hf: str, path: str, *at: int) -> list[Row]:
+  """A transformer block of CLIP, of its pictures or its texts."""
+  rows = norm_rows(f"{hf}.layer_norm1", f"{path}/norm1", *at)
+  rows += norm_rows(f"{hf}.layer_norm2", f"{path}/norm2", *at)
+  for theirs, ours in {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
+                       "self_attn.out_proj": "out", "mlp.fc1": "up", "mlp.fc2": "down"}.items():
+    rows += linear_rows(f"{hf}.{theirs}", f"{path}/{ours}", *at)
+  return rows
 
 
 def clip_rows(config: ClipVitConfig) -> list[Row]:
@@ -89,39 +105,34 @@ def clip_rows(config: ClipVitConfig) -> list[Row]:
   hf = "model.vision_tower.vision_tower.vision_model"
   rows = [Row(f"{hf}.embeddings.class_embedding", "vision/class_embedding"),
           Row(f"{hf}.embeddings.position_embedding.weight", "vision/position_embedding")]
-  rows += _linear(f"{hf}.embeddings.patch_embedding", "vision/patch_embed", bias=False,
+  rows += linear_rows(f"{hf}.embeddings.patch_embedding", "vision/patch_embed", bias=False,
                   form=conv(config.patch_size))
-  rows += _norm(f"{hf}.pre_layrnorm", "vision/pre_norm")  # sic: the key is misspelled
+  rows += norm_rows(f"{hf}.pre_layrnorm", "vision/pre_norm")  # sic: the key is misspelled
   used = config.used_depth
   for i in range(config.depth):
     path, layer = ("vision/blocks", i) if i < used else ("vision/unused_blocks", i - used)
-    block = f"{hf}.encoder.layers.{i}"
-    for theirs, ours in {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
-                         "self_attn.out_proj": "out", "mlp.fc1": "up", "mlp.fc2": "down"}.items():
-      rows += _linear(f"{block}.{theirs}", f"{path}/{ours}", layer)
-    rows += _norm(f"{block}.layer_norm1", f"{path}/norm1", layer)
-    rows += _norm(f"{block}.layer_norm2", f"{path}/norm2", layer)
-  return rows + _norm(f"{hf}.post_layernorm", "vision/post_norm")
+    rows += clip_block_rows(f"{hf}.encoder.layers.{i}", path, layer)
+  return rows + norm_rows(f"{hf}.post_layernorm", "vision/post_norm")
 
 
 def convnext_rows(config: ConvNextConfig) -> list[Row]:
   """The ConvNeXt tower (R2.2)."""
   stem, stages = (f"model.vision_tower_aux.vision_{part}" for part in ("stem", "stages"))
-  rows = _linear(f"{stem}.0", "vision_hr/stem", form=conv(config.stride))
-  rows += _norm(f"{stem}.1", "vision_hr/stem_norm")
+  rows = linear_rows(f"{stem}.0", "vision_hr/stem", form=conv(config.stride))
+  rows += norm_rows(f"{stem}.1", "vision_hr/stem_norm")
   for s, depth in enumerate(config.depths):
     hf, path = f"{stages}.{s}", f"vision_hr/stages/{s}"
     if s:
-      rows += _norm(f"{hf}.downsample.0", f"{path}/down_norm")
-      rows += _linear(f"{hf}.downsample.1", f"{path}/down", form=conv(2))
+      rows += norm_rows(f"{hf}.downsample.0", f"{path}/down_norm")
+      rows += linear_rows(f"{hf}.downsample.1", f"{path}/down", form=conv(2))
     for b in range(depth):
       block, ours = f"{hf}.blocks.{b}", f"{path}/blocks"
       rows += [Row(f"{block}.gamma", f"{ours}/gamma", SAME, (b,)),
                Row(f"{block}.conv_dw.weight", f"{ours}/kernel", DEPTHWISE, (b,)),
                Row(f"{block}.conv_dw.bias", f"{ours}/bias", SAME, (b,))]
-      rows += _norm(f"{block}.norm", f"{ours}/norm", b)
-      rows += _linear(f"{block}.mlp.fc1", f"{ours}/up", b)
-      rows += _linear(f"{block}.mlp.fc2", f"{ours}/down", b)
+      rows += norm_rows(f"{block}.norm", f"{ours}/norm", b)
+      rows += linear_rows(f"{block}.mlp.fc1", f"{ours}/up", b)
+      rows += linear_rows(f"{block}.mlp.fc2", f"{ours}/down", b)
   return rows
 
 
@@ -130,16 +141,17 @@ def mining_rows() -> list[Row]:
   rows = []
   for theirs, ours in {"query": "query", "aux": "key", "val": "value"}.items():
     hf = f"model.vlm_uni_{theirs}_projector"
-    rows += _norm(f"{hf}.0", f"mining/{ours}/norm") + _linear(f"{hf}.1", f"mining/{ours}/dense")
+    rows += norm_rows(f"{hf}.0", f"mining/{ours}/norm")
+    rows += linear_rows(f"{hf}.1", f"mining/{ours}/dense")
   return rows
 
 
 def projector_rows(depth: int) -> list[Row]:
   """mlp{N}x_gelu counts its activations (0, 2, 4 ...); a single linear layer has no number."""
   if depth == 1:
-    return _linear("model.mm_projector", "projector/layers/0")
+    return linear_rows("model.mm_projector", "projector/layers/0")
   return [row for i in range(depth)
-          for row in _linear(f"model.mm_projector.{2 * i}", f"projector/layers/{i}")]
+          for row in linear_rows(f"model.mm_projector.{2 * i}", f"projector/layers/{i}")]
 
 
 def all_rows(config: ModelConfig) -> list[Row]:

@@ -6,22 +6,25 @@ arrays in it, in pieces: one layer (and expert) each, and no piece above CHUNK b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 import tensorstore as ts
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from conversion.tensors import ConversionError, contiguous
 from mgjax import trees
-from mgjax.checkpoint import STEPS, abstract_params, parameter_homes, resolve
+from mgjax.checkpoint import STEPS, NoKeys, abstract_params, parameter_homes, resolve
 from mgjax.config import ModelConfig
+from mgjax.diffusion.config import SdxlConfig
+from mgjax.diffusion.sdxl import Sdxl
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -50,12 +53,14 @@ class Array:
     return (1,) * self.stacked + (-(-inner[0] // pieces),) + inner[1:]
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache
+def parameter_shapes(model: ModelConfig | SdxlConfig) -> Mapping[str, tuple[int, ...]]:
   """Path -> shape of every parameter of a model."""
+  module = Sdxl if isinstance(model, SdxlConfig) else MiniGemini
   mesh = make_mesh(devices=jax.devices()[:1])
   with mesh_context(mesh):
-    _, shapes = abstract_params(lambda: MiniGemini(model, rngs=nnx.Rngs(0)), mesh)
-  return {k: v.shape for k, v in trees.flatten(shapes).items()}
+    _, shapes = abstract_params(lambda: module(model, rngs=NoKeys(0)), mesh)
+  return types.MappingProxyType({k: v.shape for k, v in trees.flatten(shapes).items()})
 
 
 class Writer:
@@ -76,7 +81,9 @@ class Writer:
       place = folder / "state" / f"params/{path}".replace("/", ".")
       shutil.rmtree(place)
       self._stores[path] = ts.open({
-          "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{place}/"}, "metadata": {
+          "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{place}/"},
+          "store_data_equal_to_fill_value": True,  # else zeros would look like a lost file
+          "metadata": {
               "shape": array.shape, "data_type": array.dtype.name,
               "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.chunk}},
               "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}},

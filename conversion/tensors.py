@@ -11,7 +11,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -31,7 +31,7 @@ DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = tuple(DTYPES[name] for name in ("F32", "F16", "BF16"))
 
-INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,28 +72,35 @@ class Tensors:
                    lambda name: (self if name in self.headers else other).read(name))
 
 
-def open_tensors(folder: Path) -> Tensors:
+def open_tensors(folder: Path, stems: tuple[str, str] = ("model", "pytorch_model"),
+                 variants: Sequence[str] = ("",)) -> Tensors:
   """The tensors of a HuggingFace model folder, sharded or not, safetensors or `.bin`.
+
+  stems: what names of files begin with, safetensors and `.bin`.
+  variants: what may stand in names ("fp16": model.fp16.safetensors), the preferred one first.
 
   Raises ConversionError: no weights, a shard that is missing or cut off, an index that does not
   agree with its shards, a tensor that occurs twice.
   """
-  if (folder / INDEX).is_file():
-    return _open_sharded(folder, folder / INDEX)
-  if (folder / "model.safetensors").is_file():
-    return open_file(folder / "model.safetensors")
-  if shards := sorted(folder.glob("model-*-of-*.safetensors")):
-    total = int(re.search(r"-of-(\d+)", shards[0].name).group(1))
-    if len(shards) != total:
-      raise ConversionError(f"{folder}: {total} shards expected, {len(shards)} found; download the "
-                            "rest")
-    return _together(str(folder), [open_file(shard) for shard in shards])
-  if (folder / BIN_INDEX).is_file():
-    return _open_sharded(folder, folder / BIN_INDEX)
-  if (folder / "pytorch_model.bin").is_file():
-    return open_file(folder / "pytorch_model.bin")
-  raise ConversionError(f"{folder}: no weights found; expected {INDEX} with its shards, "
-                        "model.safetensors, or pytorch_model.bin")
+  for variant in variants:
+    dot = f".{variant}" if variant else ""
+    for stem, ending in zip(stems, ("safetensors", "bin")):
+      index, single = folder / f"{stem}.{ending}.index{dot}.json", folder / f"{stem}{dot}.{ending}"
+      if index.is_file():
+        return _open_sharded(folder, index)
+      if single.is_file():
+        return open_file(single)
+      shards = sorted(folder.glob(f"{stem}{dot}-*-of-*.{ending}"))
+      if shards and ending == "safetensors":
+        total = int(re.search(r"-of-(\d+)", shards[0].name).group(1))
+        if len(shards) != total:
+          raise ConversionError(f"{folder}: {total} shards expected, {len(shards)} found; download "
+                                "the rest")
+        return _together(str(folder), [open_file(shard) for shard in shards])
+  dot = f".{variants[0]}" if variants[0] else ""
+  raise ConversionError(f"{folder}: no weights found; expected {stems[0]}.safetensors.index"
+                        f"{dot}.json with its shards, {stems[0]}{dot}.safetensors, or "
+                        f"{stems[1]}{dot}.bin")
 
 
 def open_file(path: Path) -> Tensors:

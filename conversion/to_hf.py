@@ -2,6 +2,7 @@
 
   python -m conversion.to_hf --checkpoint work_dirs/mgm-7b --output MGM-7B [--shard-size 5GB]
   python -m conversion.to_hf --checkpoint work_dirs/mgm-7b-stage1 --output adapter --adapter-only
+  python -m conversion.to_hf --checkpoint checkpoints/sdxl --output sdxl    # for diffusers
 
 Writes config.json, sharded safetensors with their index, and the tokenizer and generation files;
 with --adapter-only the mm_projector.bin of a stage 1.  Numbers stay as they are saved (what trained
@@ -10,34 +11,30 @@ is float32) unless --dtype asks for another type; the published checkpoints are 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from conversion import mapping
+from conversion import mapping, sdxl
+from conversion.arrays import (
+    Shards,
+    as_original,
+    held_parts,
+    read_notes,
+    with_buffers,
+    write_shards,
+)
 from conversion.config import read_json, write_config
 from conversion.families import Json, family_of
 from conversion.sources import ADAPTER
 from conversion.store import Reader, parameter_shapes
-from conversion.tensors import (
-    DTYPES,
-    INDEX,
-    ConversionError,
-    Header,
-    SafetensorsWriter,
-    Tensors,
-    contiguous,
-    open_file,
-    plan_shards,
-)
+from conversion.tensors import DTYPES, ConversionError, Tensors, contiguous, plan_shards
 from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
 from mgjax.checkpoint import ORIGIN, SETTINGS, TOKENIZER, TOKENIZER_FILES, read_run
 from mgjax.config import ModelConfig, build
@@ -72,54 +69,13 @@ def open_checkpoint(path: Path, dtype: np.dtype | None = None) -> Checkpoint:
                           "whole models have a HuggingFace form")
   model = build(ModelConfig, run["model"], f"{folder}/config.json: model")
   reader = Reader(step_dir)
-  rows = _rows_of(reader, model)
-  notes = {"dtypes": {}, "copied_head": False}
-  if (folder / ORIGIN / "tensors.json").is_file():
-    notes = read_json(folder / ORIGIN / "tensors.json")
-  tensors = _as_original(reader, rows, notes["dtypes"], dtype)
-  if notes["copied_head"]:  # of the embedding table, as the head
+  held = held_parts(reader, parameter_shapes(model), ("projector", "mining"))
+  rows = [row for row in mapping.all_rows(model) if row.path.split("/")[0] in held]
+  notes = read_notes(folder)
+  tensors = as_original(reader, rows, notes["dtypes"], dtype)
+  if notes.get("copied_head"):  # of the embedding table, as the head
     tensors = tensors.renamed(lambda n: mapping.HEAD if n == mapping.TABLE else None).over(tensors)
-  if (folder / ORIGIN / "buffers.safetensors").is_file():
-    tensors = tensors.over(open_file(folder / ORIGIN / "buffers.safetensors"))
-  return Checkpoint(folder, model, run, tensors)
-
-
-def _rows_of(reader: Reader, model: ModelConfig) -> list[mapping.Row]:
-  """The rows of the table whose arrays are there: all, or all but those that stage 1 makes."""
-  shapes, yet_to_come = parameter_shapes(model), ("projector", "mining")
-  part = lambda path: path.split("/")[0]
-  held = {part(path) for path in reader.arrays}
-  for path, (shape, _) in reader.arrays.items():
-    if shapes.get(path) != shape:
-      raise ConversionError(f"{reader.step_dir}: {path} has shape {shape}, its config.json wants "
-                            f"{shapes.get(path, 'none')}; they belong to different models")
-  if missing := [p for p in shapes if p not in reader.arrays
-                 and (part(p) in held or part(p) not in yet_to_come)]:
-    raise ConversionError(f"{reader.step_dir}: {missing[0]} is not in it ({len(missing)} such)")
-  return [row for row in mapping.all_rows(model) if part(row.path) in held]
-
-
-def _as_original(reader: Reader, rows: list[mapping.Row], narrow: Mapping[str, str],
-                 dtype: np.dtype | None) -> Tensors:
-  """narrow: dtypes of tensors whose stack is float32 because its tensors were of several dtypes."""
-  headers, by_name, where = {}, {row.hf: row for row in rows}, str(reader.step_dir)
-  for row in rows:
-    shape, saved = reader.arrays[row.path]
-    if dtype is None and saved == np.float32 and row.hf in narrow:
-      saved = np.dtype(narrow[row.hf])
-    headers[row.hf] = Header(row.form.there(shape[len(row.at):]), dtype or saved, reader.step_dir)
-
-  def read(name: str) -> np.ndarray:
-    row = by_name[name]
-    value = row.form.save(reader.read(row.path, row.at))
-    written = value.astype(headers[name].dtype, copy=False)
-    if dtype is None and written is not value and not np.array_equal(
-        written.astype(value.dtype), value):
-      raise ConversionError(f"{where}: {name} was {written.dtype.name} and has been trained since; "
-                            "name the type to write with --dtype")
-    return written
-
-  return Tensors(where, headers, read)
+  return Checkpoint(folder, model, run, with_buffers(tensors, folder))
 
 
 def export(source: Checkpoint, output: Path, shard_bytes: int) -> None:
@@ -134,20 +90,10 @@ def export(source: Checkpoint, output: Path, shard_bytes: int) -> None:
   sees = lambda name: any(part in name for part in _SEEING)
   seeing = [n for n in headers if sees(n)]
   speaking = {n: h.nbytes for n, h in headers.items() if not sees(n)}
-  shards = list(plan_shards(speaking, shard_bytes)) + ([seeing] if seeing else [])
-  files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-  with finished_folder(output) as part, contextlib.ExitStack() as stack:
+  names = list(plan_shards(speaking, shard_bytes)) + ([seeing] if seeing else [])
+  with finished_folder(output) as part:
     write_settings(source, part)
-    index = {"metadata": {"total_size": source.tensors.nbytes},
-             "weight_map": {n: f for f, names in zip(files, shards) for n in names}}
-    (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    jobs = []
-    for file, names in zip(files, shards):
-      writer = stack.enter_context(contextlib.closing(
-          SafetensorsWriter(part / file, {n: (headers[n].shape, headers[n].dtype) for n in names})))
-      jobs += [Job(headers[n].nbytes, lambda w=writer, n=n: w.write(n, source.tensors.read(n)))
-               for n in names]
-    run_jobs("writing", jobs)
+    write_shards([Shards(part, "model", source.tensors, names, indexed=True)])
   _warn_of_name(output, source)
 
 
@@ -241,19 +187,24 @@ def main(argv: list[str] | None = None) -> int:
                       help="a run folder, or one of its steps")
   parser.add_argument("--output", type=Path, required=True, metavar="DIR",
                       help="the folder to make; must not exist")
-  parser.add_argument("--shard-size", type=parse_size, default="5GB", metavar="SIZE",
-                      help="most bytes a file (default: 5GB); the towers stay together")
+  parser.add_argument("--shard-size", type=parse_size, metavar="SIZE",
+                      help="most bytes a file (default: 5GB, the towers stay together; SDXL: one "
+                           "file a part)")
   parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"),
                       help="type of the numbers; default: as saved")
   parser.add_argument("--adapter-only", action="store_true",
                       help="only what stage 1 trains, and the towers, as mm_projector.bin")
   args = parser.parse_args(argv)
   with tool() as outcome:
-    source = open_checkpoint(args.checkpoint, np.dtype(args.dtype) if args.dtype else None)
-    if args.adapter_only:
-      export_adapter(source, args.output)
+    dtype = np.dtype(args.dtype) if args.dtype else None
+    if not args.adapter_only and sdxl.is_sdxl(args.checkpoint):
+      sdxl.export(sdxl.open_run(args.checkpoint, dtype), args.output, args.shard_size, args.dtype)
     else:
-      export(source, args.output, args.shard_size)
+      source = open_checkpoint(args.checkpoint, dtype)
+      if args.adapter_only:
+        export_adapter(source, args.output)
+      else:
+        export(source, args.output, args.shard_size or parse_size("5GB"))
     print(f"{args.output}: done")
   return outcome.code
 

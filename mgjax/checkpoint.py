@@ -30,6 +30,8 @@ from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
 CONFIG, TOKENIZER, ORIGIN, STEPS = "config.json", "tokenizer", "origin", "checkpoints"
+TOKENIZER_2 = "tokenizer_2"  # of SDXL's second text encoder
+MGM, SDXL = "mgm", "sdxl"  # the kinds of model; a config.json that names none means the first
 # Files of a HuggingFace folder that `origin` keeps beside its config.json.
 SETTINGS = ("generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
@@ -250,18 +252,22 @@ def _copy_files(files: list[Path], folder: Path) -> None:
   unfinished.rename(folder)
 
 
-def read_run(path: str | Path) -> tuple[Path, dict]:
+def read_run(path: str | Path, kind: str | None = MGM) -> tuple[Path, dict]:
   """A checkpoint (see `resolve`) -> the folder of its step, and the run's config.json.
 
-  Raises CheckpointError where there is none.
+  Raises CheckpointError where there is none, or one of another kind of model; None takes any.
   """
   step_dir = resolve(path)
   config = step_dir.parent.parent / CONFIG
   try:
-    return step_dir, json.loads(config.read_text())
+    run = json.loads(config.read_text())
   except (OSError, ValueError) as e:
     raise CheckpointError(f"{config}: cannot be read ({_first_line(e)}); a checkpoint is a run's "
                           f"folder, or <run>/{STEPS}/<step> within it") from e
+  if kind not in (None, held := run.get("kind", MGM)):
+    uses = {SDXL: "SDXL, which draws pictures", MGM: "a Mini-Gemini, which answers in text"}
+    raise CheckpointError(f"{config}: it holds {uses.get(held, held)}; expected {uses[kind]}")
+  return step_dir, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,6 +308,14 @@ def load_model(path: str | Path, mesh: Mesh, *, dtype=jnp.bfloat16,
       template=run["chat_template"] or data["template"],
       aspect=run["chat_aspect"] or data["aspect"],
       stop_ids=tuple(run.get("chat_stop_ids", ())), max_length=data["max_length"])
+
+
+class NoKeys(nnx.Rngs):
+  """For a model of which only shapes are wanted.  Traced, flax's own count of keys takes time that
+  grows with the square of their number: 7 s for SDXL, against 2 s."""
+
+  def __call__(self) -> jax.Array:
+    return jax.random.key(0)
 
 
 def abstract_params(build, mesh: Mesh) -> tuple[nnx.GraphDef, dict]:

@@ -1,65 +1,78 @@
-"""A tiny random SDXL in diffusers' own classes and folder, of every part that the real one has."""
+"""A tiny random SDXL in a diffusers folder, of every part that the real one has."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
+
 UNET = dict(
-    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32),
-    layers_per_block=1, norm_num_groups=8, cross_attention_dim=48, attention_head_dim=(2, 4),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2), use_linear_projection=True,
-    addition_embed_type="text_time", addition_time_embed_dim=8,
+    _class_name="UNet2DConditionModel", sample_size=16, in_channels=4, out_channels=4,
+    block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8, cross_attention_dim=48,
+    attention_head_dim=[2, 4], down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], transformer_layers_per_block=[1, 2],
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
     projection_class_embeddings_input_dim=24 + 6 * 8)
 VAE = dict(
-    sample_size=32, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=8,
-    layers_per_block=1, scaling_factor=0.13025, force_upcast=True,
-    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-TEXT = dict(vocab_size=600, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-            num_attention_heads=2, max_position_embeddings=77, hidden_act="quick_gelu",
-            projection_dim=16, bos_token_id=598, eos_token_id=2, pad_token_id=1)
-TEXT_2 = TEXT | dict(hidden_size=32, intermediate_size=48, hidden_act="gelu", projection_dim=24)
+    _class_name="AutoencoderKL", sample_size=32, block_out_channels=[8, 16], latent_channels=4,
+    norm_num_groups=8, layers_per_block=1, scaling_factor=0.13025, force_upcast=True,
+    down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+TEXT = dict(
+    architectures=["CLIPTextModel"], model_type="clip_text_model", vocab_size=600, hidden_size=16,
+    intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=77,
+    hidden_act="quick_gelu", projection_dim=16, bos_token_id=598, eos_token_id=2, pad_token_id=1)
+TEXT_2 = TEXT | dict(architectures=["CLIPTextModelWithProjection"], hidden_size=32,
+                     intermediate_size=48, hidden_act="gelu", projection_dim=24)
 SCHEDULER = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-    prediction_type="epsilon", timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False,
-    clip_sample=False, interpolation_type="linear", use_karras_sigmas=False)
+    _class_name="EulerDiscreteScheduler", beta_start=0.00085, beta_end=0.012,
+    beta_schedule="scaled_linear", num_train_timesteps=1000, prediction_type="epsilon",
+    timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+    interpolation_type="linear", use_karras_sigmas=False)
+INDEX = dict(
+    _class_name="StableDiffusionXLPipeline", _diffusers_version="0.42.1",
+    force_zeros_for_empty_prompt=True, add_watermarker=False,
+    unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"],
+    scheduler=["diffusers", "EulerDiscreteScheduler"],
+    text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
+    text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+    tokenizer_2=["transformers", "CLIPTokenizer"])
+FILES = {
+    "unet/config.json": UNET, "vae/config.json": VAE, "text_encoder/config.json": TEXT,
+    "text_encoder_2/config.json": TEXT_2, "scheduler/scheduler_config.json": SCHEDULER,
+    "model_index.json": INDEX}
 
 
-def make_pipeline(folder: Path):
-  """diffusers' pipeline of it, its tokenizers in `folder`."""
-  import torch
-  from diffusers import (
-      AutoencoderKL,
-      EulerDiscreteScheduler,
-      StableDiffusionXLPipeline,
-      UNet2DConditionModel,
-  )
-  from transformers import (
-      CLIPTextConfig,
-      CLIPTextModel,
-      CLIPTextModelWithProjection,
-      CLIPTokenizer,
-  )
-  torch.manual_seed(0)
-  parts = dict(
-      unet=UNet2DConditionModel(**UNET), vae=AutoencoderKL(**VAE),
-      text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
-      text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_2)))
-  for model in parts.values():
-    for name, p in model.named_parameters():
-      if "embedding" in name and p.ndim == 2:
-        torch.nn.init.normal_(p, std=0.3)
-      elif p.ndim == 1:  # scales of 1 and biases of 0 would hide what is mixed up
-        p.data += 0.2 * torch.randn_like(p)
-    model.eval()
-  tokenizers = {}
-  for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-    write_tokenizer(folder / name, pad)
-    tokenizers[name] = CLIPTokenizer.from_pretrained(folder / name)
-  scheduler = EulerDiscreteScheduler.from_config(SCHEDULER)
-  return StableDiffusionXLPipeline(**parts, **tokenizers, scheduler=scheduler,
-                                   force_zeros_for_empty_prompt=True, add_watermarker=False)
+def write_folder(folder: Path, dtype=np.float32) -> Path:
+  """Writes it, always the same."""
+  from conversion.sdxl_config import read_configs
+  from conversion.sdxl_mapping import sdxl_rows
+  from conversion.store import parameter_shapes
+  from conversion.tensors import SafetensorsWriter
+  for name, values in FILES.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(values, indent=2))
+  write_tokenizer(folder / "tokenizer", "<|endoftext|>")
+  write_tokenizer(folder / "tokenizer_2", "!")
+  config, rng, parts = read_configs(folder), np.random.default_rng(0), {}
+  shapes = parameter_shapes(config)
+  for row in sdxl_rows(config):
+    part, name = row.hf.split("/", 1)
+    shape = row.form.there(tuple(shapes[row.path])[len(row.at):])
+    value = rng.normal(size=shape)
+    # Scales of 1 and biases of 0 would hide what is mixed up.
+    value = (1 + 0.2 * value if row.path.endswith("scale") else
+             0.2 * value if row.path.endswith("bias") else
+             0.3 * value if "embedding" in row.path else value / math.prod(shape[1:]) ** 0.5)
+    parts.setdefault(part, {})[name] = value.astype(dtype)
+  for part, tensors in parts.items():
+    stem = "model" if part.startswith("text") else "diffusion_pytorch_model"
+    writer = SafetensorsWriter(folder / part / f"{stem}.safetensors",
+                               {n: (v.shape, v.dtype) for n, v in tensors.items()})
+    for name, value in tensors.items():
+      writer.write(name, value)
+    writer.close()
+  return folder
 
 
 def write_tokenizer(folder: Path, pad: str) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgjax import trees
-from mgjax.checkpoint import CONFIG, CheckpointError, load_params, resolve
+from mgjax.checkpoint import CONFIG, SDXL, TOKENIZER, TOKENIZER_2, NoKeys, load_params, read_run
 from mgjax.config import build
 from mgjax.diffusion.config import SdxlConfig
 from mgjax.diffusion.prompt import PromptTokenizer
@@ -24,7 +23,6 @@ from mgjax.diffusion.schedule import Schedule, make_schedule
 from mgjax.diffusion.sdxl import Sdxl
 from mgjax.sharding import constrain, make_mesh, mesh_context
 
-KIND = "sdxl"  # what config.json says of such a checkpoint
 LARGEST = 4    # times the model's own side; past that nothing sensible comes
 # What a picture should not be (R App. C).
 NEGATIVE = (
@@ -67,17 +65,17 @@ class Painting:
 
 
 class Painter:
-  """Paints with one model, on all devices; see `open_painter`.
+  """Paints with one model, on `devices` (None: all); see `open_painter`.
 
   Weights are whole on every device.  Pictures and their negative halves are spread over the
   devices; where these are more, each picture is cut into strips (see `diffusion.layers`).
   """
 
   def __init__(self, folder: Path, config: SdxlConfig, tokenizers: Sequence[PromptTokenizer], *,
-               dtype, vae_dtype):
+               dtype, vae_dtype, devices: Sequence | None = None):
     self.config, self.side, self.folder = config, config.side, folder
-    self._tokenizers, self._dtype, self._vae_dtype = tokenizers, dtype, vae_dtype
-    self._devices = jax.devices()
+    self.tokenizers, self._dtype, self._vae_dtype = tokenizers, dtype, vae_dtype
+    self._devices = jax.devices() if devices is None else devices
     self.params: dict | None = None  # on the devices, or None
     self._graphdef, self._shapes = abstract_sdxl(config, dtype, vae_dtype)
     self._encode = jax.jit(self._encode_program)
@@ -113,10 +111,14 @@ class Painter:
     """Brings the weights to the devices.  Raises CheckpointError."""
     if self.loaded:
       return
-    whole = NamedSharding(mesh_for(1, self._devices), P())
-    wanted = {path: jax.ShapeDtypeStruct(s.shape, self._stored_dtype(path), sharding=whole)
-              for path, s in self._shapes.items()}
+    wanted = self.weights(mesh_for(1, self._devices))
     self.params = trees.unflatten(load_params(self.folder, wanted))
+
+  def weights(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """All weights by path, whole on every device of the mesh."""
+    whole = NamedSharding(mesh, P())
+    return {path: jax.ShapeDtypeStruct(s.shape, self._stored_dtype(path), sharding=whole)
+            for path, s in self._shapes.items()}
 
   @property
   def model(self) -> Sdxl:
@@ -152,7 +154,7 @@ class Painter:
 
   def cut(self, prompt: str) -> str:
     """The end of a prompt that the model does not read, as it has no room; "" if it reads all."""
-    return min((t.cut(prompt) for t in self._tokenizers), key=len, default="")
+    return min((t.cut(prompt) for t in self.tokenizers), key=len, default="")
 
   def paint(self, prompts: Sequence[str], painting: Painting = Painting()) -> np.ndarray:
     """A picture for each prompt: uint8 [N, H, W, 3].
@@ -161,39 +163,69 @@ class Painter:
     Raises PaintError, or CheckpointError if the weights cannot be read.
     """
     latents = self.latents(prompts, painting)
-    together = math.gcd(len(prompts), len(self._devices))
+    together = self.decoded_at_once(len(prompts))
     out = []
     for i in range(0, len(prompts), together):
-      with mesh_context(mesh_for(together, self._devices)):
+      with mesh_context(self.mesh("decode", painting, together)):
         pictures, finite = self._decode(*place((self.params, latents[i:i + together])))
       refuse_unfinite(np.asarray(finite), self._dtype, self._vae_dtype)
       out.append(np.asarray(pictures))
     return np.concatenate(out)
 
+  def decoded_at_once(self, count: int) -> int:
+    """How many of so many pictures leave the autoencoder together."""
+    return math.gcd(count, len(self._devices))
+
   def latents(self, prompts: Sequence[str], painting: Painting) -> jax.Array:
     """What `paint` decodes, float32 [N, H/8, W/8, 4]; as `paint` otherwise."""
     self.check(painting, len(prompts))
     self.load()
-    n, config = len(prompts), self.config
-    guided = painting.guidance > 1
+    n, guided = len(prompts), painting.guidance > 1
+    shape, settings = self._settings(painting, n)
+    with mesh_context(self.mesh("sample", painting, n)):
+      context, pooled = self._read(prompts, painting.negative if guided else None, guided)
+      arrays = place((self.params, make_noise(painting.seed, n, shape), context, pooled))
+      return self._sample(*arrays, *settings)
+
+  def mesh(self, program: str, painting: Painting, n: int) -> Mesh:
+    """Where a program of `paint`, "encode", "sample" or "decode", works on n pictures at once."""
+    asked = 2 if program != "decode" and painting.guidance > 1 else 1
+    return mesh_for(asked * n, self._devices)
+
+  def _settings(self, painting: Painting, n: int):
+    """Shape of a picture's latents, and what `_sample` gets behind the arrays."""
+    config, guided = self.config, painting.guidance > 1
     height, width = painting.height or self.side, painting.width or self.side
     own = (height, width)
     sizes = [*(painting.original or own), *painting.crop, *(painting.target or own)]
     schedule = padded(make_schedule(config.schedule, painting.steps), config.schedule.train_steps)
     guidance = np.float32(painting.guidance) if guided else None
     shape = (height // config.vae.shrink, width // config.vae.shrink, config.vae.channels)
-    with mesh_context(mesh_for(2 * n if guided else n, self._devices)):
-      context, pooled = self._read(prompts, painting.negative if guided else None, guided)
-      arrays = place((self.params, make_noise(painting.seed, n, shape), context, pooled))
-      sizes = np.tile(np.array(sizes, np.float32), (n, 1))
-      return self._sample(*arrays, sizes, schedule, np.int32(painting.steps), guidance)
+    return shape, (np.tile(np.array(sizes, np.float32), (n, 1)), schedule,
+                   np.int32(painting.steps), guidance)
+
+  def lower(self, program: str, painting: Painting, n: int) -> jax.stages.Lowered:
+    """A program of `paint` (see `mesh`) as the compiler gets it; no weights need be loaded."""
+    config, mesh = self.config, self.mesh(program, painting, n)
+    shape, settings = self._settings(painting, n)
+    rows, whole = 2 * n if painting.guidance > 1 else n, NamedSharding(mesh, P())
+    array = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=whole)
+    params, latents = trees.unflatten(self.weights(mesh)), array(np.float32, n, *shape)
+    length, unet = config.text_encoder.length, config.unet
+    with mesh_context(mesh):
+      if program == "encode":
+        return self._encode.lower(params, *[array(np.int32, rows, length)] * 2)
+      if program == "decode":
+        return self._decode.lower(params, latents)
+      return self._sample.lower(params, latents, array(self._dtype, rows, length, unet.context),
+                                array(self._dtype, rows, unet.pooled), *settings)
 
   def _read(self, prompts, negative, guided):
     """Prompts as the UNet wants them; where guided, behind as many negative ones."""
     zeros = guided and negative is None and self.config.zero_negative
     before = [negative or ""] * (len(prompts) if guided and not zeros else 0)
     texts = [*before, *prompts]
-    encoded = self._encode(place(self.params), *(tokenize(texts) for tokenize in self._tokenizers))
+    encoded = self._encode(place(self.params), *(tokenize(texts) for tokenize in self.tokenizers))
     if not zeros:
       return encoded
     return tuple(jnp.concatenate([jnp.zeros_like(x), x]) for x in encoded)
@@ -213,14 +245,8 @@ def open_painter(folder: str | os.PathLike, *, sampler: str | None = None, dtype
   folder = Path(folder)
   if not folder.exists():
     raise FileNotFoundError(f"{folder}: no such folder; expected a converted SDXL")
-  root = resolve(folder).parent.parent
-  try:
-    saved = json.loads((root / CONFIG).read_text())
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f"{root / CONFIG}: cannot be read ({error})") from error
-  if saved.get("kind") != KIND:
-    raise CheckpointError(f"{root}: no model that draws; expected what `python -m "
-                          "conversion.from_hf --sdxl` makes")
+  step_dir, saved = read_run(folder, SDXL)
+  root = step_dir.parent.parent
   config = build(SdxlConfig, saved["model"], f"{root / CONFIG}: model")
   if sampler is not None:
     config = dataclasses.replace(config, schedule=dataclasses.replace(
@@ -228,7 +254,7 @@ def open_painter(folder: str | os.PathLike, *, sampler: str | None = None, dtype
   if dtype is None:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
   length = config.text_encoder.length
-  tokenizers = [PromptTokenizer(root / name, length) for name in ("tokenizer", "tokenizer_2")]
+  tokenizers = [PromptTokenizer(root / name, length) for name in (TOKENIZER, TOKENIZER_2)]
   return Painter(folder, config, tokenizers, dtype=dtype, vae_dtype=vae_dtype)
 
 
@@ -236,7 +262,7 @@ def abstract_sdxl(config: SdxlConfig, dtype, vae_dtype):
   """Graph of the model, and its parameters by path as ShapeDtypeStructs."""
   with mesh_context(make_mesh(devices=jax.devices()[:1])):
     graphdef, state = nnx.split(nnx.eval_shape(
-        lambda: Sdxl(config, dtype=dtype, vae_dtype=vae_dtype, rngs=nnx.Rngs(0))))
+        lambda: Sdxl(config, dtype=dtype, vae_dtype=vae_dtype, rngs=NoKeys(0))))
   return graphdef, trees.flatten(trees.pure(state))
 
 

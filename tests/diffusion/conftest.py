@@ -1,20 +1,19 @@
-"""One tiny SDXL for all: in diffusers' folder, and converted."""
+"""One tiny SDXL for all tests here, and what diffusers makes of it."""
 import pathlib
 import types
 
+import numpy as np
 import pytest
-from tiny_sdxl import make_pipeline
+from tiny_sdxl import write_folder
 
 
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory):
-  """`pipeline` of diffusers, `source` its folder, and `folder` the converted model."""
-  pytest.importorskip("diffusers")
+  """`source`, a diffusers folder, `folder`, the converted model, and `golden`, what diffusers gives
+  (`diffusers_golden.py`)."""
   from conversion.from_hf import main
   root = tmp_path_factory.mktemp("sdxl")
-  pipeline = make_pipeline(root / "files")
-  pipeline.set_progress_bar_config(disable=True)
-  source, folder = root / "source", root / "converted"
-  pipeline.save_pretrained(source)
+  source, folder = write_folder(root / "source"), root / "converted"
   assert main(["--sdxl", str(source), "--output", str(folder)]) == 0
-  return types.SimpleNamespace(pipeline=pipeline, source=pathlib.Path(source), folder=folder)
+  golden = dict(np.load(pathlib.Path(__file__).with_name("golden.npz")))
+  return types.SimpleNamespace(source=source, folder=folder, golden=golden)

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import several_devices
+from diffusers_golden import PIPELINES, PROMPTS, SMALL
 
 from mgjax.checkpoint import CheckpointError
-from mgjax.diffusion.painter import PaintError, Painting, make_noise, open_painter
-
-PROMPTS = ["the red cat on the dog", "dog! 12"]
-SMALL = Painting(width=48, height=32, steps=4, seed=3)
+from mgjax.diffusion.painter import PaintError, open_painter
 
 
 @pytest.fixture(scope="module")
@@ -20,47 +18,22 @@ def painter(sdxl, highest_precision):
   return open_painter(sdxl.folder)
 
 
-def theirs(sdxl, painting, output, **settings):
-  """diffusers' pipeline from the same noise."""
-  import torch
-  noise = make_noise(painting.seed, len(PROMPTS), (painting.height // 2, painting.width // 2, 4))
-  negative = painting.negative and [painting.negative] * len(PROMPTS)
-  return sdxl.pipeline(
-      PROMPTS, negative_prompt=negative, width=painting.width, height=painting.height,
-      num_inference_steps=painting.steps, guidance_scale=painting.guidance, output_type=output,
-      latents=torch.tensor(noise).permute(0, 3, 1, 2), **settings).images
-
-
-@pytest.mark.parametrize("changes", [
-    {}, {"guidance": 0.0}, {"negative": None}, {"negative": "the dog", "steps": 3},
-    {"original": (200, 300), "crop": (8, 16), "target": (64, 64)}])
-def test_whole_pipeline(sdxl, painter, changes):
-  painting = dataclasses.replace(SMALL, **changes)
-  sizes = {"original_size": painting.original, "crops_coords_top_left": painting.crop,
-           "target_size": painting.target}
-  if "original" in changes:
-    sizes |= {f"negative_{name}": value for name, value in sizes.items()}
-  want = theirs(sdxl, painting, "latent", **sizes).permute(0, 2, 3, 1)
-  np.testing.assert_allclose(painter.latents(PROMPTS, painting), want, atol=1e-4, rtol=0)
-
-
-def test_pictures(sdxl, painter):
-  got, want = painter.paint(PROMPTS, SMALL), 255 * theirs(sdxl, SMALL, "np")
-  assert got.dtype == np.uint8 and got.shape == (2, 32, 48, 3) and got.std() > 10
-  assert np.abs(got - want).max() <= 0.5 + 255e-4
+@pytest.mark.parametrize("name", PIPELINES)
+def test_whole_pipeline(sdxl, painter, name):
+  got = painter.latents(PROMPTS, dataclasses.replace(SMALL, **PIPELINES[name]))
+  np.testing.assert_allclose(got, sdxl.golden[f"pipeline.{name}"], atol=1e-4, rtol=0)
 
 
 def test_ddim(sdxl, painter, monkeypatch):
-  from diffusers import DDIMScheduler
-  before = sdxl.pipeline.scheduler
-  sdxl.pipeline.scheduler = DDIMScheduler.from_config(before.config)
-  try:
-    want = theirs(sdxl, SMALL, "latent").permute(0, 2, 3, 1)
-  finally:
-    sdxl.pipeline.scheduler = before
   monkeypatch.setattr(painter, "config", open_painter(sdxl.folder, sampler="ddim").config)
   got = painter.latents(PROMPTS, SMALL)  # by the same compiled program
-  np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(got, sdxl.golden["pipeline.ddim"], atol=1e-4, rtol=0)
+
+
+def test_pictures(sdxl, painter):
+  got, want = painter.paint(PROMPTS, SMALL), 255 * sdxl.golden["pictures"]
+  assert got.dtype == np.uint8 and got.shape == (2, 32, 48, 3) and got.std() > 10
+  assert np.abs(got - want).max() <= 0.5 + 255e-4
 
 
 def test_noise_is_of_the_picture_not_of_the_batch(painter):
@@ -145,10 +118,10 @@ def test_folders_that_hold_no_sdxl(sdxl, tmp_path):
   other = tmp_path / "other"
   shutil.copytree(sdxl.folder, other)
   config = json.loads((other / "config.json").read_text())
-  (other / "config.json").write_text(json.dumps(config | {"kind": "language"}))
-  with pytest.raises(CheckpointError, match="no model that draws; expected what"):
+  (other / "config.json").write_text(json.dumps(config | {"kind": "mgm"}))
+  with pytest.raises(CheckpointError, match="it holds a Mini-Gemini.*; expected SDXL, which draws"):
     open_painter(other)
   (other / "config.json").write_text(json.dumps(config))
-  (other / "tokenizer" / "tokenizer.json").unlink()
+  (other / "tokenizer" / "merges.txt").unlink()
   with pytest.raises(ValueError, match="merges.txt cannot be read"):
     open_painter(other)

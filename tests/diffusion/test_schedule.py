@@ -3,55 +3,30 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_sdxl import SCHEDULER
+from diffusers_golden import TRAJECTORIES, network, normal
 
 from mgjax.config import ConfigError
 from mgjax.diffusion.config import ScheduleConfig
 from mgjax.diffusion.schedule import make_schedule
 
-CASES = [(sampler, prediction, spacing, steps)
-         for sampler in ("euler", "ddim") for prediction in ("epsilon", "v_prediction")
-         for spacing in ("leading", "trailing", "linspace") for steps in (1, 4, 30)]
 
-
-def theirs(sampler, **settings):
-  """diffusers' scheduler."""
-  diffusers = pytest.importorskip("diffusers")
-  kind = {"euler": diffusers.EulerDiscreteScheduler, "ddim": diffusers.DDIMScheduler}[sampler]
-  return kind.from_config(SCHEDULER | settings)
-
-
-@pytest.mark.parametrize("sampler,prediction,spacing,steps", CASES)
-def test_trajectory(sampler, prediction, spacing, steps):
-  import torch
-  scheduler = theirs(sampler, prediction_type=prediction, timestep_spacing=spacing)
-  scheduler.set_timesteps(steps)
-  rng = np.random.default_rng(0)
-  noise = rng.normal(size=(2, 5)).astype(np.float32)
-  network = lambda x, t: np.sin(3 * x) + t / 1000  # any function of what the UNet is given
-
-  want = torch.tensor(noise) * scheduler.init_noise_sigma
+@pytest.mark.parametrize("sampler,prediction,spacing,steps", TRAJECTORIES)
+def test_trajectory(sdxl, sampler, prediction, spacing, steps):
+  want = sdxl.golden[f"trajectory.{sampler}.{prediction}.{spacing}.{steps}"]
   table = make_schedule(ScheduleConfig(sampler=sampler, prediction=prediction, spacing=spacing),
                         steps)
-  got = table.start * noise
-  for i, t in enumerate(scheduler.timesteps):
-    assert table.time[i] == float(t)
-    given = scheduler.scale_model_input(want, t)
-    np.testing.assert_allclose(table.scale[i] * got, given, rtol=1e-5, atol=1e-5)
-    want = scheduler.step(torch.tensor(network(given.numpy(), float(t))), t, want).prev_sample
-    got = table.keep[i] * got + table.add[i] * network(table.scale[i] * got, table.time[i])
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
-  assert len(table.time) == len(scheduler.timesteps)
+  x, path = table.start * normal(5), []
+  for i in range(len(table.time)):
+    given = table.scale[i] * x
+    x = table.keep[i] * x + table.add[i] * network(given, table.time[i])
+    path.append(np.concatenate([[table.time[i]], given, x]))
+  np.testing.assert_allclose(path, want, rtol=1e-5, atol=2e-5)
 
 
-def test_ddim_may_end_without_noise():
-  import torch
-  scheduler = theirs("ddim", set_alpha_to_one=True)
-  scheduler.set_timesteps(5)
+def test_ddim_may_end_without_noise(sdxl):
   table = make_schedule(ScheduleConfig(sampler="ddim", last_alpha_one=True), 5)
-  x, e = torch.ones(3), torch.full((3,), 0.25)
-  want = scheduler.step(e, scheduler.timesteps[-1], x).prev_sample
-  np.testing.assert_allclose(table.keep[-1] * x + table.add[-1] * e, want, rtol=1e-5)
+  got = table.keep[-1] * np.ones(3) + table.add[-1] * 0.25
+  np.testing.assert_allclose(got, sdxl.golden["last_alpha_one"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
