@@ -5,28 +5,37 @@
 
 With --prompt only the answer goes to the standard output.  Without it every line is a question;
 /help lists the commands, /exit or Ctrl-D ends, and Ctrl-C stops an answer.
+
+  python launch/chat.py --checkpoint RUN --draw SDXL --image photo.jpg --prompt "the same by night"
+
+With --draw the model answers --prompt, or what follows /draw, with a prompt for SDXL, which paints
+it.  The picture is saved, and goes with the next question.
 """
 from __future__ import annotations
 
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
-import shutil
 import sys
-import unicodedata
-from collections.abc import Callable
+import time
+
+from mgjax.infer.gallery import Gallery, size
+from mgjax.terminal import BOLD, complain, note, styled, ticking, writer
 
 HELP = """\
 /image FILE  add a picture to the next question
+/draw WORDS  ask for a picture (with --draw)
+/redraw      ask the last question again, for an answer that begins with a prompt to paint
 /drop        take away the pictures that wait for the next question
 /clear       forget the conversation and its pictures
 /help        this list
 /exit        end (Ctrl-D too); Ctrl-C stops an answer"""
 HISTORY = pathlib.Path("~/.mgjax_history")  # of what was typed, for the arrow keys
-BOLD, DIM, RED = 1, 2, 31
+DRAWING = "drawing (needs --draw)"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +71,30 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   add("--cache_dtype", choices=("int8", "bfloat16", "float32"),
       help="keys and values in fewer bytes (default: as the model)")
   add("--template", metavar="NAME", help="conversation template; default: that of the training")
-  return parser.parse_args(argv)
+  group = parser.add_argument_group(DRAWING)
+  add = group.add_argument
+  add("--draw", metavar="DIR", help="folder of a converted SDXL; --prompt and /draw paint with it")
+  add("--draw_to", metavar="FILE.png", default="picture.png",
+      help="where to save the picture; no file is written over, further ones are numbered "
+      "(default: picture.png)")
+  add("--draw_size", type=size, metavar="WxH",
+      help="pixels, or one number for both (default: what SDXL was trained on)")
+  add("--draw_steps", type=int, default=50, metavar="N", help="of the sampler (default: 50)")
+  add("--draw_guidance", type=float, default=5.0, metavar="X",
+      help="how much the prompt counts (default: 5)")
+  add("--draw_seed", type=int, default=0, metavar="N",
+      help="of the first picture's noise; the next has one more (default: 0)")
+  add("--draw_force", action="store_true",
+      help="begin the answer with <h>, so that the model writes a prompt in any case")
+  add("--draw_memory", choices=("keep", "swap"), default="keep",
+      help="keep both models on the devices, or swap: one at a time (default: keep)")
+  args = parser.parse_args(argv)
+  if args.draw is None:
+    for name, value in vars(args).items():
+      if name.startswith("draw_") and value != parser.get_default(name):
+        parser.error(f"--{name} says how to draw, but there is nothing to draw with; give --draw "
+                     "DIR too")
+  return args
 
 
 def open_chat(args: argparse.Namespace):
@@ -123,80 +155,54 @@ def save_mining(model, args: argparse.Namespace) -> None:
   note(f"{args.show_mining}: what the visual tokens of {args.image[0]} look at")
 
 
+# Drawing.
+
+class Drawer:
+  """Paints what answers tell to.
+
+  The settings are checked and the painter's folder is found at once; `join` brings a conversation,
+  and the weights.  Raises ValueError or OSError.
+  """
+
+  def __init__(self, args: argparse.Namespace):
+    from mgjax.diffusion.painter import Painting, open_painter
+    self._gallery = Gallery(args.draw_to, "--draw_to")
+    width, height = args.draw_size or (None, None)
+    self._painting = Painting(width=width, height=height, steps=args.draw_steps,
+                              guidance=args.draw_guidance, seed=args.draw_seed)
+    self._painter = open_painter(args.draw)
+    self._painter.check(self._painting)
+    self.force, self._memory = args.draw_force, args.draw_memory
+
+  def join(self, chat) -> None:
+    """Paints beside that conversation's model from now on."""
+    from mgjax.infer.studio import Studio
+    self._studio = Studio(self._painter, chat.engine, memory=self._memory)
+    if self._memory == "keep":
+      with ticking("loading the painter"):
+        self._studio.open()
+
+  def paint(self, chat) -> None:
+    """What the last answer tells to, if it does.  Raises PaintError, OSError, ImageError."""
+    prompt = chat.drawing
+    if prompt is None:
+      note("no picture: the model wrote no drawing prompt, <h>...</h>; /redraw makes it")
+      return
+    if cut := self._painter.cut(prompt):
+      note(f"longer than SDXL reads (77 tokens); it does not see the end: {cut}")
+    begun = time.monotonic()
+    with ticking(f"painting: {prompt}"):
+      picture = self._studio.paint([prompt], self._painting)[0]
+    self._painting = dataclasses.replace(self._painting, seed=(self._painting.seed + 1) % 2**32)
+    height, width = picture.shape[:2]
+    note(f"{self._gallery.save(picture)}: {width} x {height}, {time.monotonic() - begun:.1f} s")
+    if chat.sees:
+      # At the standard size: an HD view of every picture would soon fill the context.
+      chat.attach(picture, hd=False)
+      note("it goes with the next question; /drop leaves it out")
+
+
 # The terminal.
-
-def is_terminal(stream) -> bool:
-  """Whether what is written there is looked at, and the cursor can be moved."""
-  return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def styled(text: str, style: int, stream) -> str:
-  """The text in a style, where it is looked at and NO_COLOR does not forbid it."""
-  coloured = is_terminal(stream) and not os.environ.get("NO_COLOR")
-  return f"\033[{style}m{text}\033[0m" if coloured else text
-
-
-def note(text: str) -> None:
-  """A remark beside the conversation."""
-  print(styled(f"[{text}]", DIM, sys.stderr), file=sys.stderr)
-
-
-def complain(message: str) -> None:
-  """What is wrong, on one line."""
-  message = " ".join(message.split())
-  print(f"{styled('error:', RED, sys.stderr)} {message}", file=sys.stderr)
-
-
-def cells(text: str) -> int:
-  """Places that the text takes in a line of a terminal."""
-  return sum(0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else
-             2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-class Wrapped:
-  """Breaks text between words although every piece of it is shown at once: a word that turns out
-  too long for its line is taken back and begun again on the next."""
-
-  def __init__(self, columns: int):
-    self._columns = max(1, columns - 1)  # a cursor behind the last place is nowhere in particular
-    self._word, self._column = "", 0     # the word that grows, and where the cursor is
-
-  def feed(self, piece: str) -> str:
-    """What to write to the terminal for that piece; control characters are left out."""
-    return "".join(map(self._put, piece.replace("\t", "    ")))
-
-  def _put(self, c):
-    if c == "\n":
-      return self._new_line()
-    if unicodedata.category(c) == "Cc":
-      return ""
-    if self._column + cells(c) <= self._columns:
-      broken = ""
-    elif c == " ":
-      return self._new_line()
-    else:
-      word = self._word if cells(self._word) < self._column else ""  # else it has a whole line
-      broken = f"\033[{cells(word)}D\033[K" if word else ""
-      broken += self._new_line() + word
-      self._word, self._column = word, cells(word)
-    # Between characters of two places a line may break anywhere.
-    self._word = "" if c == " " or cells(c) == 2 else self._word + c
-    self._column += cells(c)
-    return broken + c
-
-  def _new_line(self):
-    self._word, self._column = "", 0
-    return "\n"
-
-
-def writer() -> Callable[[str], None]:
-  """What shows the pieces of an answer, each at once."""
-  shown = lambda text: print(text, end="", flush=True)
-  if not is_terminal(sys.stdout):
-    return shown
-  wrapped = Wrapped(shutil.get_terminal_size().columns)
-  return lambda piece: shown(wrapped.feed(piece))
-
 
 def edit_lines() -> None:
   """Arrow keys, file names by Tab, and what was typed in earlier conversations, in a terminal."""
@@ -229,21 +235,33 @@ def prompt() -> str:
 
 # The conversation.
 
-def say(chat, question: str) -> None:
-  """Prints an answer as it comes, up to Ctrl-C."""
-  pieces, show = chat.ask(question), writer()
+def say(chat, question: str | None, drawer: Drawer | None = None) -> None:
+  """Prints an answer as it comes, up to Ctrl-C; with a drawer, asks for a picture and paints it.
+
+  question: None is the last one, for an answer that begins with its prompt.
+  """
+  if question is None:
+    pieces = chat.ask_again(force=True)
+  elif drawer is None:
+    pieces = chat.ask(question)
+  else:
+    pieces = chat.ask(question, draw=True, force=drawer.force)
+  show, stopped = writer(), False
   try:
     for piece in pieces:
       show(piece)
   except KeyboardInterrupt:
     pieces.close()
     show(" [stopped]")
-  print()
+    stopped = True
+  print(flush=True)
   if chat.cut:
     note("cut: the answer reached the most tokens it may have")
+  if drawer is not None and not stopped:
+    drawer.paint(chat)
 
 
-def obey(chat, line: str, args: argparse.Namespace) -> bool:
+def obey(chat, line: str, args: argparse.Namespace, drawer: Drawer | None = None) -> bool:
   """Does what a line says; whether it was the last.  Raises ValueError and what `attach` does."""
   command, _, rest = line.partition(" ")
   if command == "/exit":
@@ -259,11 +277,23 @@ def obey(chat, line: str, args: argparse.Namespace) -> bool:
   elif command == "/image":
     attach(chat, file_name(rest), args)
     note(f"pictures for the next question: {chat.waiting}")
+  elif command in ("/draw", "/redraw"):
+    draw(chat, command, rest, drawer)
   elif command.startswith("/"):
     raise ValueError(f"unknown command {command}; /help lists them")
   elif line:
     say(chat, line)
   return False
+
+
+def draw(chat, command: str, words: str, drawer: Drawer | None) -> None:
+  """What /draw and /redraw do.  Raises ValueError."""
+  if drawer is None:
+    raise ValueError(f"{command} needs something to draw with; start with --draw DIR, the folder "
+                     "of a converted SDXL")
+  if command == "/draw" and not words.strip():
+    raise ValueError("draw what? /draw WORDS")
+  say(chat, words if command == "/draw" else None, drawer)
 
 
 def file_name(text: str) -> str:
@@ -276,14 +306,14 @@ def file_name(text: str) -> str:
   return os.path.expanduser(text)
 
 
-def converse(chat, args: argparse.Namespace) -> None:
+def converse(chat, args: argparse.Namespace, drawer: Drawer | None = None) -> None:
   """Reads questions line by line until /exit or the end of the input."""
   edit_lines()
   note("ask a question; /help lists the commands")
   ended = False
   while not ended:
     try:
-      ended = obey(chat, input(prompt()).strip(), args)
+      ended = obey(chat, input(prompt()).strip(), args, drawer)
     except EOFError:
       print()
       ended = True
@@ -305,11 +335,14 @@ def main(argv: list[str] | None = None) -> int:
   """The program; returns its exit code."""
   args = arguments(argv)
   try:
+    drawer = Drawer(args) if args.draw is not None else None
     chat = open_chat(args)
+    if drawer is not None:
+      drawer.join(chat)
     if args.prompt is not None:
-      say(chat, args.prompt)
+      say(chat, args.prompt, drawer)
     else:
-      converse(chat, args)
+      converse(chat, args, drawer)
   except expected_errors() as error:
     complain(str(error))
     return 2

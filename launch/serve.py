@@ -6,6 +6,8 @@
 
 Any OpenAI client works with base_url http://127.0.0.1:8000/v1; pictures go in as data: URLs.
 With --web a browser can chat with it at http://127.0.0.1:8000/ as well.
+With --draw SDXL it paints too: /v1/images/generations, and completions with
+"modalities": ["text", "image"].
 /health says whether it works, /metrics how well (Prometheus).  Ctrl-C ends it.
 """
 from __future__ import annotations
@@ -56,7 +58,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   add("--allow-image-host", action="append", default=[], metavar="HOST", type=str.lower,
       help="fetch pictures from there too, written HOST or HOST:PORT; may be given several times "
       "(default: data: URLs only)")
-  return parser.parse_args(argv)
+  add = parser.add_argument_group("drawing (needs --draw)").add_argument
+  add("--draw", metavar="DIR", help="folder of a converted SDXL to paint with")
+  add("--draw-memory", choices=("keep", "swap"), default="keep",
+      help="keep both models on the devices, or swap: one at a time (default: keep)")
+  add("--max-draw-pixels", type=at_least(1), metavar="N",
+      help="of a picture (default: twice those that SDXL was trained on)")
+  add("--max-draw-steps", type=at_least(1), default=100, metavar="N",
+      help="of the sampler (default: 100)")
+  add("--max-draw-count", type=at_least(1), default=4, metavar="N",
+      help="pictures in one request (default: 4)")
+  add("--max-draw-queue", type=at_least(0), default=16, metavar="N",
+      help="requests that may wait to be painted (default: 16)")
+  args = parser.parse_args(argv)
+  for name, value in vars(args).items():
+    if args.draw is None and "draw_" in name and value != parser.get_default(name):
+      parser.error(f"--{name.replace('_', '-')} says how to draw, but there is nothing to draw "
+                   "with; give --draw DIR too")
+  return args
 
 
 def at_least(least: int):
@@ -76,6 +95,10 @@ def build(args: argparse.Namespace, api_key: str | None):
   from mgjax.serve.server import make_server
   from mgjax.serve.warm import warm_up
 
+  painter = None
+  if args.draw is not None:  # what is wrong with it is told before minutes of loading
+    from mgjax.diffusion.painter import open_painter
+    painter = open_painter(args.draw)
   # Orbax warns that it leaves out the position in the training data: that is as it should be.
   logging.getLogger("absl").setLevel(logging.ERROR)
   assistant = load(args.checkpoint, template=args.template, max_length=args.max_length,
@@ -83,13 +106,29 @@ def build(args: argparse.Namespace, api_key: str | None):
                    cache_dtype=args.cache_dtype)
   print("compiling ...", file=sys.stderr, flush=True)
   warm_up(assistant)
+  studio = painter and make_studio(args, painter, assistant)
   body = args.max_body_mb << 20
   limits = Limits(queue=args.max_queue, body=body, images=args.max_images,
                   picture=min(Limits.picture, body), new_tokens=args.max_new_tokens,
-                  held=max(Limits.held, 4 * body), image_hosts=frozenset(args.allow_image_host))
+                  held=max(Limits.held, 4 * body), image_hosts=frozenset(args.allow_image_host),
+                  draw_queue=args.max_draw_queue, draw_count=args.max_draw_count,
+                  draw_steps=args.max_draw_steps, draw_pixels=args.max_draw_pixels)
   hosts = ("127.0.0.1", "localhost", "[::1]") if args.host in THIS_MACHINE else ()
-  app = make_app(assistant, limits, api_key, hosts=hosts, web=args.web)
+  app = make_app(assistant, limits, api_key, hosts=hosts, web=args.web, studio=studio)
   return make_server(app, limits.body_seconds), assistant.name
+
+
+def make_studio(args: argparse.Namespace, painter, assistant):
+  """What paints beside that assistant, after a first picture.  Raises ValueError or OSError."""
+  from mgjax.infer.studio import Studio
+  from mgjax.serve.warm import warm_up_painter
+  name = os.path.basename(os.path.abspath(args.draw))
+  if name == assistant.name:
+    name += "-draw"
+  studio = Studio(painter, assistant.engine, memory=args.draw_memory, name=name)
+  print(f"painting a first picture with {name} ...", file=sys.stderr, flush=True)
+  warm_up_painter(studio)
+  return studio
 
 
 def main(argv: list[str] | None = None) -> int:

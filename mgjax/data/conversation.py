@@ -162,12 +162,13 @@ def check_turns(turns: Sequence[Turn], *, open_end: bool = False) -> None:
     raise ValueError(f"{len(turns)} turns: the last one must be {wanted}")
 
 
-def render(template: Template, turns: Sequence[Turn],
-           add_generation_prompt: bool = False) -> list[Segment]:
+def render(template: Template, turns: Sequence[Turn], add_generation_prompt: bool = False,
+           begun: str = "") -> list[Segment]:
   """The prompt as segments; joined, their texts are exactly the original's prompt.
 
   `turns` are (role, text) pairs with the tags in place (`place_images`).  With
-  `add_generation_prompt` the last turn is the human's and the prompt ends where the answer begins.
+  `add_generation_prompt` the last turn is the human's and the prompt ends where the answer begins,
+  or behind what it has `begun` with.
   Raises ValueError where roles do not alternate, or where a caption template gets more than a
   question and an answer.
 
@@ -191,5 +192,5 @@ def render(template: Template, turns: Sequence[Turn],
     else:
       asked += t.user_start + text + t.user_end + t.assistant_start
   if add_generation_prompt:
-    segments.append(Segment(asked, False))
+    segments.append(Segment(asked + (t.answer_start + begun if begun else ""), False))
   return segments

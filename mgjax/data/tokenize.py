@@ -123,8 +123,8 @@ def expand(tokenized: Tokenized, tokens_per_image: int | Sequence[int], *, fille
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], images: int,
-                  tokens_per_image: int | Sequence[int]) -> EncodedPrompt:
-  """The prompt that asks for the next answer.
+                  tokens_per_image: int | Sequence[int], begun: str = "") -> EncodedPrompt:
+  """The prompt that asks for the next answer, or for how one that has `begun` goes on.
 
   `turns` are (role, text) pairs that end with the human's question.  Where no turn holds an
   `<image>` tag, all `images` go in front of the first question; otherwise there must be one tag an
@@ -142,7 +142,7 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
                        "given; write one tag an image, or none at all")
   if images > 1:
     turns = _number_images(turns)
-  segments = render(template, turns, add_generation_prompt=True)
+  segments = render(template, turns, add_generation_prompt=True, begun=begun)
   tokenized = tokenize_conversation(tokenizer, segments, images > 0)
   if tokenized.images != images:
     raise ValueError(f"template {template.name!r} keeps {tokenized.images} of {images} images")

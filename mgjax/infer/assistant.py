@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from mgjax.checkpoint import STEPS, load_model, read_run
 from mgjax.data.conversation import (
@@ -54,11 +55,19 @@ class Assistant:
     self._control = control_tokens(template, tokenizer.special, tokenizer.eos)
     self._seen: collections.OrderedDict[tuple, jax.Array] = collections.OrderedDict()
 
+  @property
+  def sees(self) -> bool:
+    """Whether the model takes pictures; else it is a language model alone."""
+    return self.engine.config.vision is not None
+
   def pixels(self, picture, hd: bool = True) -> np.ndarray:
-    """A picture (a path, or `data.images.Picture`) as the model takes it, uint8 [H, H, 3].
+    """A picture (a path, `data.images.Picture` or of Pillow's) as the model takes it, uint8
+    [H, H, 3].
 
     hd: as fine as the model can see; else at its standard size.  Raises ImageError.
     """
+    if isinstance(picture, Image.Image):
+      picture = np.asarray(picture.convert("RGB"))
     return load_image(picture, self.engine.picture_sides[-1 if hd else 0], self._aspect)
 
   def see(self, pixels: np.ndarray) -> jax.Array:
@@ -94,11 +103,12 @@ class Assistant:
       return False
     return True
 
-  def prompt(self, turns: Sequence[Turn], images: Sequence[jax.Array]) -> Prompt:
+  def prompt(self, turns: Sequence[Turn], images: Sequence[jax.Array], begun: str = "") -> Prompt:
     """The prompt that asks for the next answer; `images` from `see`, a tag in `turns` for each, or
-    none at all.  ValueError as in `data.tokenize.encode_prompt`."""
+    none at all.  begun: what the answer begins with; the model goes on from there.
+    ValueError as in `data.tokenize.encode_prompt`."""
     encoded = encode_prompt(self.tokenizer, self.template, turns, len(images),
-                            [len(image) for image in images])
+                            [len(image) for image in images], begun)
     return Prompt(encoded.tokens, encoded.visual_index, tuple(images))
 
   def conversation(self, sampling: Sampling = Sampling(), *, fit: bool = True) -> Chat:

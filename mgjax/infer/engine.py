@@ -8,6 +8,7 @@ conversation reads only what is new, and many questions about one picture read i
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mgjax.infer.aside import to_devices, to_host
 from mgjax.infer.cache import Cache
 from mgjax.infer.programs import Programs, Step
 from mgjax.infer.sampling import Sampling
@@ -153,6 +155,31 @@ class Engine:
     """Sides of the pictures that can be seen: an HD model sees standard ones too."""
     return tuple(sorted({self.config.hr_size // self.config.grid, self.config.hr_size}))
 
+  @property
+  def is_aside(self) -> bool:
+    """Whether weights and cache are not on the devices; see `set_aside`."""
+    return self.programs.is_aside
+
+  @contextlib.contextmanager
+  def set_aside(self) -> Iterator[None]:
+    """While it lasts weights and cache wait in the host's memory, so that another model can have
+    the devices.  Afterwards all is as it was, to the last bit: answers that were growing go on, and
+    what was read is still known.
+
+    Visual tokens stay on the devices.  RuntimeError if something is to be computed meanwhile.
+    """
+    with self.programs.set_aside():
+      waiting = to_host((self._step, self._cache, self._flying))
+      self._step = self._cache = self._flying = None
+      try:
+        yield
+      finally:
+        try:
+          self._step, self._cache, self._flying = to_devices(waiting)
+        except BaseException:
+          self._fail()
+          raise
+
   def encode_images(self, pixels: np.ndarray) -> tuple[jax.Array, ...]:
     """uint8 [N, H, H, 3], H one of `picture_sides`, -> N arrays of visual tokens [T, D].
 
@@ -188,6 +215,9 @@ class Engine:
 
     The tokens given are those of the step before: the device goes on while the host reads them.
     """
+    if self.is_aside:  # the answers must not fail for it
+      raise RuntimeError("the engine is set aside: no answer grows until what uses the devices has "
+                         "ended")
     try:
       flying = self._advance()
       landed, self._flying = self._flying, flying

@@ -7,9 +7,10 @@ and their size, `prefill` for each length of window, `show` for each of these an
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgjax.infer.aside import to_devices, to_host
 from mgjax.infer.cache import (
     Cache,
     cache_axes,
@@ -63,7 +65,7 @@ class Programs:
       model.decoder = with_unstacked_blocks(model.decoder)
       self._graphdef, params = nnx.split(model)
       # A flat list: taking an nnx state apart at every token would cost more than the dispatch.
-      self._params, self._treedef = jax.tree.flatten(params)
+      self._weights, self._treedef = jax.tree.flatten(params)
     self._encode = jax.jit(self._encode_program)
     self._show = jax.jit(self._show_program, out_shardings=self._replicated)
     self._prefill = jax.jit(self._prefill_program, donate_argnames="cache")
@@ -136,6 +138,28 @@ class Programs:
     step = Step(jnp.zeros(b, jnp.int32), jnp.zeros((b, vocabulary)), jnp.zeros((b, 2), jnp.uint32),
                 jnp.zeros(b), jnp.ones(b), jnp.zeros(b, jnp.int32))
     return step, empty_cache(self.config.decoder, b, self.slots, self._cache_dtype)
+
+  @property
+  def _params(self) -> list[jax.Array]:
+    if self._weights is None:
+      raise RuntimeError("the model is set aside: nothing can be computed with it until what uses "
+                         "the devices has ended")
+    return self._weights
+
+  @property
+  def is_aside(self) -> bool:
+    """Whether the weights are not on the devices; see `set_aside`."""
+    return self._weights is None
+
+  @contextlib.contextmanager
+  def set_aside(self) -> Iterator[None]:
+    """While it lasts the weights wait in the host's memory, and nothing can be computed."""
+    waiting, self._weights = to_host(self._params), None
+    self._blanks.clear()
+    try:
+      yield
+    finally:
+      self._weights = to_devices(waiting)
 
   @property
   def model(self) -> MiniGemini:

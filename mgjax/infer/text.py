@@ -26,13 +26,15 @@ class TextStream:
 
   Held back are half characters, spaces at the end, and what may be the start of a stop string.  The
   text of a whole answer has no spaces around it.
+
+  begun: text that the answer begins with, given out with its first piece.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), begun: str = ""):
     self._tokenizer, self._stops = tokenizer, tuple(s for s in stops if s)
-    self._ids: list[int] = []
-    self._shown = 0  # characters given out
-    self.text = ""   # everything so far, up to the first stop string
+    self._ids: list[int] = tokenizer.encode(begun, add_bos=False) if begun else []
+    self._shown = 0     # characters given out
+    self.text = begun   # everything so far, up to the first stop string
     self.stopped = False  # a stop string was met; further ids are ignored
 
   def feed(self, token: int) -> str:

@@ -5,16 +5,21 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
-from mgjax.data.conversation import Turn
+from mgjax.data.conversation import HUMAN, Turn
+from mgjax.data.drawing.texts import PROMPT_START
 from mgjax.data.tokenize import encode_prompt
 from mgjax.infer.assistant import Assistant
+from mgjax.infer.drawing import asked_to_draw
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.studio import Studio
 from mgjax.infer.text import TextStream
+from mgjax.serve.drawing import Draw, Drawn, read_draw
 from mgjax.serve.errors import ApiError, as_json, error_body, wrong
 from mgjax.serve.limits import Limits
 from mgjax.serve.messages import ImageRef, read_messages
@@ -22,6 +27,7 @@ from mgjax.serve.parameters import Parameters, read_json, read_parameters
 from mgjax.serve.pictures import check_url, decoded, fetched, is_remote
 from mgjax.serve.worker import Job
 
+T = TypeVar("T")
 LONGEST_TOKEN = 256  # characters; no vocabulary has longer ones
 
 
@@ -34,23 +40,41 @@ class Question:
   tokens: np.ndarray        # as in `engine.Prompt`
   visual_index: np.ndarray
   sampling: Sampling
+  draw: Draw | None = None  # None: no picture was asked for
+  begun: str = ""           # what the answer begins with before the model goes on
 
 
-def read_question(assistant: Assistant, limits: Limits, body: bytes) -> Question:
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """What has come of an answer: more text, that its picture is being painted, or what became of
+  that."""
+
+  text: str = ""
+  paints: bool = False
+  drawn: Drawn | None = None
+
+
+def read_question(assistant: Assistant, limits: Limits, studio: Studio | None,
+                  body: bytes) -> Question:
   """ApiError (4xx) naming what is wrong with it."""
   request = read_json(body)
   parameters = read_parameters(request, assistant.name)
-  turns, refs = read_messages(request.get("messages"), limits.images, assistant.check_text)
-  if refs and not assistant.engine.config.vision:
+  draw = read_draw(request, studio, limits)
+  turns, refs = read_messages(request.get("messages"), limits.images, assistant.check_text,
+                              assistant.sees)
+  if draw:
+    turns[-1] = (HUMAN, asked_to_draw(turns[-1][1]))
+  if refs and not assistant.sees:
     raise wrong("this model cannot see pictures", refs[0].param, "no_vision")
   for ref in refs:
     check_url(ref, limits)
-  encoded = _encoded(assistant, turns, refs)
+  begun = PROMPT_START if draw and draw.force else ""
+  encoded = _encoded(assistant, turns, refs, begun)
   sampling = _sampling(assistant, limits, parameters, len(encoded.tokens))
-  return Question(parameters, refs, encoded.tokens, encoded.visual_index, sampling)
+  return Question(parameters, refs, encoded.tokens, encoded.visual_index, sampling, draw, begun)
 
 
-def _encoded(assistant, turns: list[Turn], refs):
+def _encoded(assistant, turns: list[Turn], refs, begun):
   engine = assistant.engine
   letters, longest = sum(len(text) for _, text in turns), engine.max_length * LONGEST_TOKEN
   if letters > longest:  # before minutes are spent on cutting it into tokens
@@ -58,7 +82,8 @@ def _encoded(assistant, turns: list[Turn], refs):
                     f"into the context of {engine.max_length} tokens")
   lengths = [engine.config.at(side_of(assistant, ref)).visual_tokens for ref in refs]
   try:
-    return encode_prompt(assistant.tokenizer, assistant.template, turns, len(refs), lengths)
+    return encode_prompt(assistant.tokenizer, assistant.template, turns, len(refs), lengths,
+                         begun)
   except ValueError as error:
     raise wrong(str(error), "messages") from error
 
@@ -90,8 +115,8 @@ def _too_long(message) -> ApiError:
 class Preparer:
   """Reads questions and decodes their pictures, off the event loop and a few at a time."""
 
-  def __init__(self, assistant: Assistant, limits: Limits):
-    self._assistant, self._limits = assistant, limits
+  def __init__(self, assistant: Assistant, limits: Limits, studio: Studio | None = None):
+    self._assistant, self._limits, self._studio = assistant, limits, studio
     # Two, so that two huge pictures are in memory at most; hosts may be slow, so they have others.
     self._pool = ThreadPoolExecutor(2, "prepare")
     self._fetchers = ThreadPoolExecutor(8, "fetch")
@@ -103,8 +128,11 @@ class Preparer:
 
   async def question(self, body: bytes) -> Question:
     """As `read_question`."""
-    return await asyncio.get_running_loop().run_in_executor(
-        self._pool, read_question, self._assistant, self._limits, body)
+    return await self.run(read_question, self._assistant, self._limits, self._studio, body)
+
+  async def run(self, work: Callable[..., T], *args) -> T:
+    """What `work` gives, in one of the threads."""
+    return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
   def size(self, question: Question) -> int:
     """Bytes that its pictures take, decoded."""
@@ -127,7 +155,9 @@ class Reply:
   def __init__(self, assistant: Assistant, question: Question, job: Job):
     self._job, self._ends, self._prompt = job, assistant.ends, len(question.tokens)
     self._stream = TextStream(assistant.tokenizer,
-                              (*assistant.template.stop, *question.parameters.stop))
+                              (*assistant.template.stop, *question.parameters.stop),
+                              question.begun)
+    self.draw = question.draw
     self._written = self._reused = 0
     self.finish_reason: str | None = None
     self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
@@ -157,15 +187,22 @@ class Reply:
     return text
 
   @property
+  def text(self) -> str:
+    """The whole text so far."""
+    return self._stream.text
+
+  @property
   def usage(self) -> dict:
     """Tokens read and written so far."""
     return {"prompt_tokens": self._prompt, "completion_tokens": self._written,
             "total_tokens": self._prompt + self._written,
             "prompt_tokens_details": {"cached_tokens": self._reused}}
 
-  def whole(self, text: str) -> dict:
-    """The response that is not streamed."""
-    message = {"role": "assistant", "content": text, "refusal": None}
+  def whole(self, pieces: Sequence[Piece]) -> dict:
+    """The response that is not streamed, of all pieces."""
+    message = {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None}
+    for piece in pieces:
+      message |= _picture(piece)
     return self.head | {"object": "chat.completion", "usage": self.usage, "choices": [
         {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}]}
 
@@ -173,14 +210,16 @@ class Reply:
     choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
     return _event(self.head | {"object": "chat.completion.chunk", "choices": [choice]} | more)
 
-  async def events(self, pieces: AsyncIterator[str], include_usage: bool) -> AsyncIterator[str]:
+  async def events(self, pieces: AsyncIterator[Piece], include_usage: bool) -> AsyncIterator[str]:
     """The response that is streamed, as server-sent events; an error becomes the last but one."""
     usage = {"usage": None} if include_usage else {}
     yield self._chunk({"role": "assistant", "content": ""}, **usage)
     try:
-      async for text in pieces:
-        if text:
-          yield self._chunk({"content": text}, **usage)
+      async for piece in pieces:
+        if piece.paints:
+          yield ": painting\n\n"  # a comment, so that nobody takes the connection for dead
+        elif delta := ({"content": piece.text} if piece.text else {}) | _picture(piece):
+          yield self._chunk(delta, **usage)
       yield self._chunk({}, self.finish_reason, **usage)
       if include_usage:
         yield _event(self.head | {"object": "chat.completion.chunk", "choices": [],
@@ -188,6 +227,11 @@ class Reply:
     except ApiError as error:
       yield _event(error_body(error))
     yield "data: [DONE]\n\n"
+
+
+def _picture(piece: Piece) -> dict:
+  """What a message has besides its text; the images are OpenRouter's way."""
+  return {"images": piece.drawn.parts(), "drawing": piece.drawn.about()} if piece.drawn else {}
 
 
 def _event(content: dict) -> str:

@@ -32,6 +32,13 @@ def busy(message: str) -> ApiError:
   return ApiError(429, message, code="queue_full", headers=RETRY_AFTER)
 
 
+def no_painter(param: str | None = None, status: int = 400) -> ApiError:
+  """What is said to a request for a picture where nothing can draw."""
+  # Not 501: OpenAI's clients would try again.
+  return ApiError(status, "this server has no model to draw with; it needs launch/serve.py --draw "
+                          "DIR", param, "no_drawing_model")
+
+
 def error_body(error: ApiError) -> dict:
   """{"error": {"message", "type", "param", "code"}}."""
   kind = "server_error" if error.status >= 500 else _TYPES.get(error.status,

@@ -25,6 +25,10 @@ class Limits:
   held: int = 1 << 30              # bytes of bodies and pixels of all requests that wait
   image_hosts: frozenset[str] = frozenset()  # "host" or "host:port" that pictures may come from
   fetch_seconds: float = 10.0      # for one picture
+  draw_queue: int = 16             # pictures that wait to be painted
+  draw_count: int = 4              # pictures of one request
+  draw_steps: int = 100            # of the sampler
+  draw_pixels: int | None = None   # of one picture; None: twice those that the painter learnt
 
 
 class Memory:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from mgjax.data.conversation import GPT, HUMAN, IMAGE_TAG, Turn
+from mgjax.infer.drawing import asked_to_draw
 from mgjax.serve.errors import wrong
 
 _DETAILS = ("auto", "low", "high")
+_DRAWN = ("images", "drawing")  # what an answer with a picture has besides
 # What clients send back along with an answer; it says nothing.
 _ECHOED = ("refusal", "tool_calls", "function_call", "audio", "annotations", "name")
 
@@ -22,20 +24,28 @@ class ImageRef:
   param: str
 
 
-def read_messages(messages: Any, images: int, check_text: Callable[[str, str], None]
-                  ) -> tuple[list[Turn], list[ImageRef]]:
+def read_messages(messages: Any, images: int, check_text: Callable[[str, str], None],
+                  sees: bool = True) -> tuple[list[Turn], list[ImageRef]]:
   """Turns with a tag for each picture, and the pictures, at most `images`.
 
+  Pictures that an answer came with go in front of the next question, for a model that `sees`, and
+  its question is one that asked to draw.
   check_text: as `Assistant.check_text`.  ApiError naming the message and what is wrong with it.
   """
   if not isinstance(messages, list) or not messages:
     raise wrong("messages must be a list with at least one message", "messages")
   turns: list[Turn] = []
   refs: list[ImageRef] = []
+  drawn: list[ImageRef] = []  # that the answer before came with
   for i, message in enumerate(messages):
     where = f"messages[{i}]"
     role = _role(message, where, expected="user" if i % 2 == 0 else "assistant")
     texts, own = _content(message.get("content"), f"{where}.content", role)
+    if role == "user":
+      own, drawn = drawn + own, []
+    elif drawn := _drawn(message.get("images"), f"{where}.images"):
+      turns[-1] = (HUMAN, asked_to_draw(turns[-1][1]))
+      drawn = drawn if sees else []
     refs += own
     if len(refs) > images:
       raise wrong(f"more than {images} images in one request", "messages", "too_many_images")
@@ -72,7 +82,8 @@ def _role(message, where, expected) -> str:
     raise wrong(f"{where} is the {role}'s, expected the {expected}'s: user and assistant must take "
                 "turns, beginning with the user", f"{where}.role")
   for name, value in message.items():
-    if name not in ("role", "content") and not (name in _ECHOED and value in (None, [])):
+    known = name in ("role", "content") or (role == "assistant" and name in _DRAWN)
+    if not known and not (name in _ECHOED and value in (None, [])):
       raise wrong(f"{where}: {name[:80]!r} is not supported", f"{where}.{name[:80]}",
                   "unknown_parameter")
   return role
@@ -97,6 +108,22 @@ def _content(content, where, role) -> tuple[list[str], list[ImageRef]]:
       raise wrong(f'{at} must be {{"type": "text", "text": ...}} or '
                   '{"type": "image_url", "image_url": {"url": ...}}', at, "invalid_type")
   return texts, refs
+
+
+def _drawn(images, where) -> list[ImageRef]:
+  """Seen at the model's standard size: in high resolution a few of them would fill the context."""
+  if images is None:
+    return []
+  if not isinstance(images, list):
+    raise wrong(f"{where} must be a list of images", where, "invalid_type")
+  refs = []
+  for i, part in enumerate(images):
+    at = f"{where}[{i}]"
+    if not isinstance(part, dict) or part.get("type") != "image_url":
+      raise wrong(f'{at} must be {{"type": "image_url", "image_url": {{"url": ...}}}}', at,
+                  "invalid_type")
+    refs.append(dataclasses.replace(_image(part.get("image_url"), f"{at}.image_url"), hd=False))
+  return refs
 
 
 def _image(image, at) -> ImageRef:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _FIRST = (.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 25, 60, 120)
+_PAINTING = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _BETWEEN = (.002, .005, .01, .02, .03, .05, .075, .1, .2, .5, 1, 2)
 
 
@@ -27,6 +28,10 @@ class Metrics:
     self.reused = Counter("mgjax_prompt_tokens_reused", "Of those, tokens that were known already",
                           registry=registry)
     self.written = Counter("mgjax_generated_tokens", "Tokens of answers", registry=registry)
+    self.painted = Counter("mgjax_painted_pictures", "Pictures painted", registry=registry)
+    self.painting = Histogram(
+        "mgjax_painting_seconds", "To paint what one request asks for, waiting not counted",
+        buckets=_PAINTING, registry=registry)
 
   def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
     """Adds a figure that is asked for whenever somebody looks."""

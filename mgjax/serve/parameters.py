@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import secrets
+from collections.abc import Collection
 from typing import Any
 
 from mgjax.infer.sampling import Sampling
@@ -17,12 +18,14 @@ _NEUTRAL: dict[str, tuple] = {
     "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],),
     "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
-    "modalities": (["text"],), "service_tier": ("auto", "default"), "store": (False,),
+    "service_tier": ("auto", "default"), "store": (False,),
 }
+# With "image" they ask for a picture; see `drawing.read_draw`.
+_MODALITIES = {"modalities": (["text"], ["text", "image"], ["image", "text"])}
 # Labels, which change nothing whatever they say.
 _LABELS = {"user": str, "safety_identifier": str, "prompt_cache_key": str, "metadata": dict}
 _USED = ("messages", "model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed",
-         "stop", "max_tokens", "max_completion_tokens")
+         "stop", "max_tokens", "max_completion_tokens", "draw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,47 +69,61 @@ def read_parameters(request: dict[str, Any], model: str) -> Parameters:
   ApiError naming the parameter: unknown ones, known ones that ask for what is not done here, and
   wrong values; 404 for another model than `model`.
   """
-  for name, value in request.items():
-    if value is not None and name not in _USED:
-      _check_idle(name, value)
-  named = _typed(request, "model", str, model)
-  if named != model:
-    raise ApiError(404, f"the model {named[:200]!r} does not exist; there is {model!r}", "model",
-                   "model_not_found")
-  options = _typed(request, "stream_options", dict, {})
+  check_names(request, _USED, _NEUTRAL | _MODALITIES, _LABELS)
+  check_model(request, model)
+  options = typed(request, "stream_options", dict, {})
   if unknown := options.keys() - {"include_usage", "include_obfuscation"}:
     raise wrong(f"unknown option {min(unknown)[:200]!r}", "stream_options", "unknown_parameter")
-  longest = {_typed(request, name, int, None) for name in ("max_tokens", "max_completion_tokens")}
+  longest = {typed(request, name, int, None) for name in ("max_tokens", "max_completion_tokens")}
   longest.discard(None)
   if len(longest) > 1:
     raise wrong("max_tokens and max_completion_tokens differ; give one", "max_tokens")
   if longest and min(longest) < 1:
     raise wrong(f"max_tokens is {min(longest)}, expected at least 1", "max_tokens")
-  seed = _typed(request, "seed", int, None)
+  seed = typed(request, "seed", int, None)
   return Parameters(
-      temperature=_typed(request, "temperature", float, 1.0),
-      top_p=_typed(request, "top_p", float, 1.0), top_k=_typed(request, "top_k", int, 0),
+      temperature=typed(request, "temperature", float, 1.0),
+      top_p=typed(request, "top_p", float, 1.0), top_k=typed(request, "top_k", int, 0),
       seed=secrets.randbits(32) if seed is None else seed % 2**32,
       stop=_stops(request.get("stop")), new_tokens=min(longest, default=None),
-      stream=_typed(request, "stream", bool, False),
-      include_usage=_typed(options, "include_usage", bool, False))
+      stream=typed(request, "stream", bool, False),
+      include_usage=typed(options, "include_usage", bool, False))
 
 
-def _check_idle(name, value):
-  if name in _LABELS:
-    _typed({name: value}, name, _LABELS[name], None)
-  elif name not in _NEUTRAL:
-    raise wrong(f"unknown parameter {name[:200]!r}", name[:200], "unknown_parameter")
-  elif not any(value == v and isinstance(value, bool) == isinstance(v, bool)
-               for v in _NEUTRAL[name]):
-    allowed = " or ".join(map(json.dumps, _NEUTRAL[name]))
-    raise wrong(f"{name} is not supported: leave it out, or at {allowed}", name,
-                "unsupported_parameter")
+def check_model(request: dict[str, Any], model: str) -> None:
+  """ApiError (404) if the request names another model."""
+  named = typed(request, "model", str, model)
+  if named != model:
+    raise ApiError(404, f"the model {named[:200]!r} does not exist here; there is {model!r}",
+                   "model", "model_not_found")
 
 
-def _typed(request, name, kind, default) -> Any:
-  """The value of that kind; `default` if there is none, or null."""
+def check_names(request: dict[str, Any], used: Collection[str], neutral: dict[str, tuple],
+                labels: dict[str, type], at: str = "") -> None:
+  """ApiError for a name that is not known, and for one that asks for what is not done.
+
+  neutral: values that ask for nothing; labels: names whose value, of that type, changes nothing;
+  at: what errors call them by in front of the name.
+  """
+  for name, value in request.items():
+    if value is None or name in used:
+      continue
+    called = f"{at}{name[:200]}"
+    if name in labels:
+      typed(request, name, labels[name], None, at)
+    elif name not in neutral:
+      raise wrong(f"unknown parameter {called!r}", called, "unknown_parameter")
+    elif not any(value == v and isinstance(value, bool) == isinstance(v, bool)
+                 for v in neutral[name]):
+      allowed = " or ".join(map(json.dumps, neutral[name]))
+      raise wrong(f"{called} is not supported: leave it out, or at {allowed}", called,
+                  "unsupported_parameter")
+
+
+def typed(request: dict[str, Any], name: str, kind: type, default: Any, at: str = "") -> Any:
+  """The value of that kind; `default` if there is none, or null.  ApiError calls it at + name."""
   value = request.get(name)
+  name = at + name
   if value is None:
     return default
   accepted = (int, float) if kind is float else kind

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from mgjax.diffusion.painter import Painting
 from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Prompt
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.studio import Studio
 
 
 def warm_up(assistant: Assistant) -> None:
@@ -26,3 +28,10 @@ def warm_up(assistant: Assistant) -> None:
   if engine.rows > 1:  # a second answer to one prompt copies what the first has read
     text = np.full(min(engine.buckets[0], engine.max_length - 2), 1)
     engine.generate_batch([Prompt(text, np.full(len(text), -1))] * 2, two)
+
+
+def warm_up_painter(studio: Studio) -> None:
+  """Paints one picture of the model's own size.  Other sizes and numbers of pictures are compiled
+  when they are first asked for.  Raises PaintError where there is too little memory."""
+  studio.open()
+  studio.paint([""], Painting(steps=1))

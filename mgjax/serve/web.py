@@ -19,12 +19,13 @@ from fastapi import FastAPI
 
 from mgjax.data.images import ImageError
 from mgjax.infer.assistant import Assistant
-from mgjax.serve.app import Service
 from mgjax.serve.errors import ApiError
 from mgjax.serve.limits import Limits, is_key
-from mgjax.serve.web_facts import examples, facts
+from mgjax.serve.service import Service
+from mgjax.serve.web_facts import DRAWING_EXAMPLE, examples, facts
 from mgjax.serve.web_guard import Guarded
-from mgjax.serve.web_talk import HAS_OCR, Settings, Turn, answers, shown
+from mgjax.serve.web_settings import drawing_settings, settings_of_answers
+from mgjax.serve.web_talk import Settings, Turn, answers, shown
 
 DELETED_AFTER = 24 * 3600  # seconds; of files that were uploaded
 FONTS = ("system-ui", "sans-serif")
@@ -35,6 +36,7 @@ CSS = """
 #talk button[title="Share"] {display: none}
 #talk .icon-button-wrapper:not(:has(button:not([title="Share"]))) {display: none}
 #talk [data-testid="user"] img {max-height: 36vh; width: auto}
+#talk [data-testid="bot"] img {max-height: 56vh; width: auto}
 #facts * {border: 0 !important} #facts thead {display: none}
 #facts td {padding: 2px 8px 2px 0; vertical-align: top}
 """
@@ -94,9 +96,9 @@ def _paths(value) -> Iterator:
 
 
 def _fill(page: gr.Blocks, service: Service, assistant: Assistant, limits: Limits) -> None:
-  config, folder = assistant.engine.config, pathlib.Path(page.GRADIO_CACHE)
-  sees, ocr_pool = config.vision is not None, ThreadPoolExecutor(1, "ocr")
-  offered = examples(folder, pictures=sees)
+  folder, studio = pathlib.Path(page.GRADIO_CACHE), service.studio
+  sees, ocr_pool = assistant.sees, ThreadPoolExecutor(1, "ocr")
+  offered = examples(folder, pictures=sees, draws=studio is not None)
 
   with page:
     talk = gr.State(())
@@ -113,29 +115,40 @@ def _fill(page: gr.Blocks, service: Service, assistant: Assistant, limits: Limit
             file_types=["image"], max_lines=8,
             max_plain_text_length=1_000_000, autofocus=True,
             placeholder="Ask, and add pictures" if sees else "Ask")
-        new = gr.Button("New chat", size="sm")
+        with gr.Row():
+          new = gr.Button("New chat", size="sm")
+          draw = (gr.Checkbox(False, label="Draw a picture", container=False) if studio else
+                  gr.State(False))
         if sees:
           _camera(box)
       with gr.Column(scale=1, min_width=280):
         with gr.Accordion("Parameters"):
-          settings = _settings(assistant, limits)
+          settings = settings_of_answers(assistant, limits)
+        if studio:
+          with gr.Accordion("Drawing", open=False):
+            settings += drawing_settings(studio, limits)
         with gr.Accordion("Model"):
-          gr.Markdown(facts(assistant), elem_id="facts")
+          gr.Markdown(facts(assistant, studio), elem_id="facts")
 
     def begin(talk: Talk, turn: Turn):
       return (*talk, turn), shown((*talk, turn)), _busy()
 
-    def ask(talk: Talk, message):
-      turn = Turn(message["text"].strip(), tuple(message["files"]))
+    def ask(talk: Talk, message, draw: bool):
+      turn = Turn(message["text"].strip(), tuple(message["files"]), draw=bool(draw))
       return begin(talk, turn) if turn.question or turn.pictures else (gr.skip(),) * 3
 
-    def ask_again(talk: Talk):
+    def ask_again(talk: Talk, force: bool = False):
       if not talk:
         return (gr.skip(),) * 3
-      return begin(talk[:-1], dataclasses.replace(talk[-1], answer="", ended=None))
+      turn = talk[-1].fresh()
+      return begin(talk[:-1], dataclasses.replace(turn, force=True) if force else turn)
+
+    def draw_anyway(talk: Talk):
+      return ask_again(talk, force=True) if talk and talk[-1].refused else (gr.skip(),) * 3
 
     def ask_example(select: gr.SelectData):
-      return begin((), Turn(*offered[select.index]))
+      text, files = offered[select.index]
+      return begin((), Turn(text, files, draw=text == DRAWING_EXAMPLE))
 
     async def answer(talk: Talk, *values):
       """Answers the last turn.  Where that fails, its question is given back."""
@@ -145,9 +158,8 @@ def _fill(page: gr.Blocks, service: Service, assistant: Assistant, limits: Limit
       *before, last = talk
       try:
         async with contextlib.aclosing(answers(
-            service, assistant, ocr_pool, before, last, Settings(*values))) as turns:
+            service, assistant, ocr_pool, before, last, Settings(*values), folder)) as turns:
           async for turn in turns:
-            # Drawing: what a turn has drawn would be shown as its pictures are.
             grown = (*before, turn)
             yield (grown, shown(grown), gr.skip()) if turn != last else (gr.skip(),) * 3
             last = turn
@@ -156,6 +168,11 @@ def _fill(page: gr.Blocks, service: Service, assistant: Assistant, limits: Limit
         gr.Warning(html.escape(str(error)), duration=None)
         yield give_back(talk)
 
+    def stopped(talk: Talk):
+      if talk:
+        talk = (*talk[:-1], talk[-1].stopped())
+      return talk, shown(talk), _ready()
+
     def give_back(talk: Talk):
       """Without the last turn, its question in the box again."""
       if not talk:
@@ -163,14 +180,21 @@ def _fill(page: gr.Blocks, service: Service, assistant: Assistant, limits: Limit
       given = {"text": talk[-1].question, "files": list(talk[-1].pictures)}
       return talk[:-1], shown(talk[:-1]), _ready(value=given)
 
+    def failed(talk: Talk):
+      """A bug, or a value that Gradio refuses; for a browser what was stopped has failed, too."""
+      kept = talk and (talk[-1].halted or talk[-1].answer)
+      return (gr.skip(), gr.skip(), _ready()) if kept else give_back(talk)
+
     whole, now = [talk, chat, box], {"queue": False, "api_visibility": "private"}
     growing = [begun.then(answer, [talk, *settings], whole, show_progress="hidden",
                           concurrency_limit=None, api_visibility="private") for begun in (
-        box.submit(ask, [talk, box], whole, **now), chat.retry(ask_again, [talk], whole, **now),
+        box.submit(ask, [talk, box, draw], whole, **now),
+        chat.retry(ask_again, [talk], whole, **now),
+        chat.option_select(draw_anyway, [talk], whole, **now),
         chat.example_select(ask_example, None, whole, **now))]
-    for event in growing:  # a bug, or a value that Gradio refuses
-      event.failure(give_back, [talk], whole, **now)
-    box.stop(_ready, None, [box], cancels=growing, **now)
+    for event in growing:
+      event.failure(failed, [talk], whole, **now)
+    box.stop(stopped, [talk], whole, cancels=growing, **now)
     chat.undo(give_back, [talk], whole, cancels=growing, **now)
     gr.on([new.click, chat.clear], lambda: ((), [], _ready()), None, whole, cancels=growing, **now)
   # As many answers may wait as the server lets wait; it says so itself where there are too many.
@@ -200,22 +224,3 @@ def _camera(box: gr.MultimodalTextbox) -> None:
     return {**message, "files": [*message["files"], picture]} if picture else gr.skip(), None
 
   camera.input(take, [box, camera], [box, camera], queue=False, api_visibility="private")
-
-
-def _settings(assistant: Assistant, limits: Limits) -> list[gr.components.Component]:
-  """What `Settings` is made of, in its order."""
-  longest = min(assistant.engine.max_length, limits.new_tokens or assistant.engine.max_length)
-  config = assistant.engine.config
-  return [
-      gr.Slider(0, 2, 0, step=0.05, label="Temperature",
-                info="0 takes the likeliest word, each time the same; more is freer"),
-      gr.Slider(0.05, 1, 1, step=0.05, label="Top-p",
-                info="Draws from the likeliest words that reach this probability"),
-      gr.Number(0, precision=0, label="Top-k",
-                info="Draws from this many words; 0: from all"),
-      gr.Slider(1, longest, min(512, longest), step=1, label="Longest answer, in tokens"),
-      gr.Number(-1, precision=0, label="Seed", info="-1: another answer each time"),
-      gr.Checkbox(True, label="Pictures in high resolution (HD)", container=False,
-                  visible=config.vision is not None and len(assistant.engine.picture_sides) > 1),
-      gr.Checkbox(False, label="Read words in pictures for the model (OCR)", container=False,
-                  visible=config.vision is not None and HAS_OCR)]

@@ -12,15 +12,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Engine
+from mgjax.infer.studio import Studio
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import mesh_context
 
+DRAWING_EXAMPLE = "A lighthouse in a storm, painted in oil"
 TEXT_EXAMPLES = ("Write a haiku about the sea.",
                  "Explain in three sentences why the sky is blue.")
 
 
-def facts(assistant: Assistant) -> str:
-  """The model in figures, a table in Markdown."""
+def facts(assistant: Assistant, studio: Studio | None = None) -> str:
+  """The model, and what paints for it, in figures: a table in Markdown."""
   engine, config = assistant.engine, assistant.engine.config
   formats = _formats(engine.programs.model)
   devices = collections.Counter(d.device_kind for d in engine.mesh.devices.flat)
@@ -37,6 +39,9 @@ def facts(assistant: Assistant) -> str:
     rows.append(("Patch info mining", "yes" if config.vision_hr else "no: one vision tower"))
   else:
     rows.append(("Pictures", "none: a language model alone"))
+  if studio:
+    side = studio.painter.side
+    rows.append(("Draws with", f"{studio.name}, {side} × {side}"))
   rows += [("Devices", ", ".join(f"{n} × {kind}" for kind, n in devices.items())),
            ("Answers at once", str(engine.rows))]
   lines = [f"| {name} | {html.escape(value)} |" for name, value in rows]
@@ -70,17 +75,19 @@ def _rounded(number: int) -> str:
   return f"{value:.3g} {('', 'k', 'M', 'G', 'T')[unit]}"
 
 
-def examples(folder: pathlib.Path, pictures: bool) -> list[tuple[str, tuple[str, ...]]]:
+def examples(folder: pathlib.Path, pictures: bool,
+             draws: bool = False) -> list[tuple[str, tuple[str, ...]]]:
   """Questions, each with the files of its pictures, which are drawn into the folder."""
+  last = (DRAWING_EXAMPLE if draws else TEXT_EXAMPLES[0], ())
   if not pictures:
-    return [(text, ()) for text in TEXT_EXAMPLES]
+    return [last, (TEXT_EXAMPLES[1], ())]
   sign, shapes = str(folder / "sign.png"), str(folder / "shapes.png")
   _sign().save(sign)
   _shapes().save(shapes)
   return [("What does the sign say?", (sign,)),
           ("How many shapes are there, and which colours have they?", (shapes,)),
           ("What is the difference between these pictures?", (sign, shapes)),
-          (TEXT_EXAMPLES[0], ())]
+          last]
 
 
 def _sign() -> Image.Image:

@@ -1,4 +1,4 @@
-"""The one thread that owns the engine."""
+"""The one thread that owns the devices: answers grow there, and pictures are painted."""
 from __future__ import annotations
 
 import asyncio
@@ -12,9 +12,11 @@ import time
 import jax
 import numpy as np
 
+from mgjax.diffusion.painter import PaintError, Painting
 from mgjax.infer.assistant import Assistant
 from mgjax.infer.engine import Answer, Prompt
 from mgjax.infer.sampling import Sampling
+from mgjax.infer.studio import Studio, out_of_memory
 from mgjax.serve.errors import ApiError
 from mgjax.serve.metrics import Metrics
 
@@ -29,6 +31,7 @@ class News:
   ended: str | None = None
   error: ApiError | None = None
   reused: int = 0
+  pictures: np.ndarray | None = None  # uint8 [N, H, W, 3]
 
 
 @dataclasses.dataclass(eq=False)
@@ -48,17 +51,35 @@ class Job:
   last: float = 0.0         # when
 
 
+@dataclasses.dataclass(eq=False)
+class PaintJob:
+  """Pictures on their way; the fields are those of a `Job`."""
+
+  prompts: list[str]
+  painting: Painting
+  loop: asyncio.AbstractEventLoop
+  news: asyncio.Queue[News] = dataclasses.field(default_factory=asyncio.Queue)
+  answer: None = None
+
+
 class Worker:
-  """Runs jobs on an assistant's engine, first come, first served.
+  """Runs jobs on an assistant's engine, and paints in a studio, first come, first served.
+
+  Answers stand still while something is painted: a painting is one program, and the devices run one
+  after another.  So that they come on, they have at least as long between two paintings as the
+  first of them took.
 
   `start` it once; `submit` and `cancel` may be called from any thread.
   """
 
-  def __init__(self, assistant: Assistant, metrics: Metrics):
+  def __init__(self, assistant: Assistant, metrics: Metrics, studio: Studio | None = None):
     self._assistant, self._engine, self._metrics = assistant, assistant.engine, metrics
-    self._orders: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+    self._studio = studio
+    self._orders: queue.SimpleQueue[tuple[str, Job | PaintJob | None]] = queue.SimpleQueue()
     self._waiting: collections.deque[Job] = collections.deque()
     self._running: list[Job] = []
+    self._to_paint: collections.deque[PaintJob] = collections.deque()
+    self._rested = 0.0  # when the answers have had their time since the last painting
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   @property
@@ -85,19 +106,20 @@ class Worker:
     self._orders.put(("stop", None))
     self._thread.join()
 
-  def submit(self, job: Job) -> None:
+  def submit(self, job: Job | PaintJob) -> None:
     """Its `news` will tell."""
     self._orders.put(("submit", job))
 
-  def cancel(self, job: Job) -> None:
-    """Frees its row; nothing if it has ended."""
+  def cancel(self, job: Job | PaintJob) -> None:
+    """Frees its row, or its place; nothing if it has ended, or is being painted."""
     self._orders.put(("cancel", job))
 
   def _run(self):
     try:
       self._work()
     finally:
-      self._fail([*self._running, *self._waiting], ApiError(503, "the server is shutting down"))
+      self._fail([*self._running, *self._waiting, *self._to_paint],
+                 ApiError(503, "the server is shutting down"))
 
   def _work(self):
     while self._obey():
@@ -106,6 +128,7 @@ class Worker:
         if self._running:
           self._engine.step()
         self._report()
+        self._paint()
       except Exception as error:  # a bug, or out of memory: the others that wait go on
         log.exception("the engine failed; %d requests with it", len(self._running))
         self._fail(self._running, _failure(error))
@@ -115,13 +138,16 @@ class Worker:
     """Takes the orders that have come, and waits for one if nothing is to do; False at the end."""
     while True:
       try:
-        order, job = self._orders.get(block=not self._running and not self._waiting)
+        order, job = self._orders.get(
+            block=not self._running and not self._waiting and not self._to_paint)
       except queue.Empty:
         return True
       if order == "stop":
         return False
       if order == "submit":
-        self._waiting.append(job)
+        (self._to_paint if isinstance(job, PaintJob) else self._waiting).append(job)
+      elif job in self._to_paint:
+        self._to_paint.remove(job)
       elif job in self._waiting:
         self._waiting.remove(job)
       elif job in self._running:
@@ -161,6 +187,26 @@ class Worker:
     self._running = [job for job in self._running if not job.answer.ended]
     _tell(news)
 
+  def _paint(self):
+    """Paints what waits longest, if it is time to."""
+    if not self._to_paint or (self._running and time.monotonic() < self._rested):
+      return
+    job, begun = self._to_paint.popleft(), time.monotonic()
+    try:
+      news = News(pictures=self._studio.paint(job.prompts, job.painting))
+    except Exception as error:
+      log.exception("a picture failed")
+      news = News(error=_failure(error))
+    took = time.monotonic() - begun
+    self._rested = begun + 2 * took
+    if news.pictures is not None:
+      self._metrics.painted.inc(len(news.pictures))
+      self._metrics.painting.observe(took)
+    _tell([(job, news)])
+    if self._engine.is_aside:  # only a new process helps
+      log.critical("the language model found no room to come back to the devices; stopping")
+      self._orders.put(("stop", None))
+
   def _count(self, job, now, new):
     if not job.given:
       self._metrics.first_token.observe(now - job.begun)
@@ -173,13 +219,15 @@ class Worker:
 
   def _fail(self, jobs, error):
     for job in jobs:
-      if job.answer:
+      if job.answer is not None:
         self._engine.cancel(job.answer)
     _tell([(job, News(error=error)) for job in jobs])
 
 
 def _failure(error: Exception) -> ApiError:
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+  if isinstance(error, PaintError):
+    return ApiError(500, str(error), code="not_painted")
+  if out_of_memory(error):
     return ApiError(500, "the model ran out of memory; try again, or with less", code="no_memory")
   return ApiError(500, "the model failed on this request; the server's log says why")
 

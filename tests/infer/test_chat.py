@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from tiny_models import random_model
 
+from mgjax import terminal
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.data.conversation import GPT, HUMAN, Template, get_template
 from mgjax.data.images import ImageError
@@ -348,16 +349,16 @@ def shown(written, columns):
 def test_words_are_wrapped_without_waiting_for_their_end(tool):
   text = "The sign says that nobody may enter here.\n\n- incomprehensibilities are kept\n"
   for size in (1, 3, 50):
-    wrapped, written = tool.Wrapped(16), []
+    wrapped, written = terminal.Wrapped(16), []
     for i in range(0, len(text), size):
       written.append(wrapped.feed(text[i:i + size]))
       assert text[i:i + size].rstrip()[-1:] == written[-1].rstrip()[-1:]  # nothing is held back
     assert [line.rstrip() for line in shown("".join(written), 16)] == [
         "The sign says", "that nobody may", "enter here.", "", "-", "incomprehensibi",
         "lities are kept", ""]
-  wrapped = tool.Wrapped(8)
+  wrapped = terminal.Wrapped(8)
   assert shown(wrapped.feed("a 東京都は大きい b"), 8) == ["a 東京", "都は大", "きい b"]
-  assert tool.Wrapped(80).feed("a\033[2Jb\tc\r") == "a[2Jb    c"  # a model moves no cursor
+  assert terminal.Wrapped(80).feed("a\033[2Jb\tc\r") == "a[2Jb    c"  # a model moves no cursor
 
 
 def test_a_terminal_is_written_to_in_style(tool, monkeypatch):

@@ -48,8 +48,8 @@ def tiny_assistant(rows=3, max_length=256, buckets=(64, 128), name=None):
 class Served:
   """A server that runs, and clients for it."""
 
-  def __init__(self, port, assistant):
-    self.port, self.assistant = port, assistant
+  def __init__(self, port, assistant, studio=None):
+    self.port, self.assistant, self.studio = port, assistant, studio
     self.url = f"http://127.0.0.1:{port}"
     self.http = httpx.Client(base_url=self.url, timeout=60)
     self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0,
@@ -73,14 +73,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(assistant, api_key=None, **limits):
+def serving(assistant, api_key=None, studio=None, **limits):
   limits = Limits(**limits)
   with contextlib.closing(listen("127.0.0.1", 0)) as sock:
-    server = make_server(make_app(assistant, limits, api_key), limits.body_seconds)
+    app = make_app(assistant, limits, api_key, studio=studio)
+    server = make_server(app, limits.body_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     eventually(lambda: server.started)
-    served = Served(sock.getsockname()[1], assistant)
+    served = Served(sock.getsockname()[1], assistant, studio)
     try:
       yield served
     finally:

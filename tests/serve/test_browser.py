@@ -3,9 +3,15 @@ import re
 import shutil
 import threading
 
+import numpy as np
 import pytest
 from serving import data_url, eventually, png, user
+from tiny_sdxl import write_folder
 from windows import serving_page
+
+from mgjax.diffusion.painter import open_painter
+from mgjax.infer.studio import Studio
+from mgjax.serve.warm import warm_up_painter
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -14,8 +20,13 @@ expect = playwright.expect
 
 
 @pytest.fixture(scope="module")
-def served(assistant):
-  with serving_page(assistant) as served:
+def served(assistant, tmp_path_factory):
+  from conversion.from_hf import main
+  root = tmp_path_factory.mktemp("sdxl")
+  assert main(["--sdxl", str(write_folder(root / "hf")), "--output", str(root / "sdxl")]) == 0
+  studio = Studio(open_painter(root / "sdxl"), assistant.engine, memory="swap", name="sdxl")
+  warm_up_painter(studio)
+  with serving_page(assistant, studio=studio) as served:
     yield served
 
 
@@ -114,15 +125,74 @@ def test_a_conversation(served, page, slowly):
   expect(answers(page)).to_have_count(0)
 
 
+def test_a_picture_is_drawn_and_talked_about(served, page, monkeypatch):
+  """The whole way: a picture and a wish in, a prompt, its picture, and a question about both."""
+  page.locator("input[type=file]").first.set_input_files(
+      {"name": "a.png", "mimeType": "image/png", "buffer": png()})
+  expect(page.locator(".thumbnail-item")).to_have_count(1)
+  page.get_by_label("Draw a picture").check()
+  longest(page, 12)
+  ask(page, "The same by night")
+  expect(page.get_by_text("The model wrote no drawing prompt.")).to_be_visible()
+  painted = page.get_by_test_id("bot").locator("img")
+  expect(painted).to_have_count(0)
+  monkeypatch.setattr("mgjax.serve.service.BEAT", 0.1)
+  paint, seen = served.studio.paint, []
+  monkeypatch.setattr(served.studio, "paint", lambda *a: (threading.Event().wait(1.5),
+                                                          seen.append(paint(*a)))[1] or seen[-1])
+  page.get_by_role("button", name="Draw it anyway").click()
+  expect(page.get_by_text(re.compile(r"Painting \.\.\. 1 s"))).to_be_visible()
+  expect(painted).to_have_count(1)
+  expect(painted).to_have_js_property("complete", True)
+  assert painted.evaluate("image => image.naturalWidth") == 32
+  assert served.studio.painter.loaded is False and seen[0].std() > 5
+  expect(page.get_by_text("Painting ...")).to_have_count(0)
+  page.get_by_label("Draw a picture").uncheck()
+  prompts, submit = [], served.assistant.engine.submit
+  monkeypatch.setattr(served.assistant.engine, "submit",
+                      lambda p, *a: prompts.append(p) or submit(p, *a))
+  ask(page, "What has changed?")
+  eventually(lambda: prompts)
+  expect(page.get_by_role("button", name="Submit")).to_be_visible()
+  drawn = served.assistant.see(served.assistant.pixels(seen[0][0], hd=False))
+  assert len(prompts[0].images) == 2 and prompts[0].images[1] is drawn
+  expect(painted).to_have_count(1)
+  page.get_by_role("button", name="Undo").click()
+  page.get_by_role("button", name="Undo").click()
+  expect(painted).to_have_count(0)
+  expect(box(page)).to_have_value("The same by night")
+
+
+def test_a_painting_that_is_stopped(served, page, monkeypatch):
+  go = threading.Event()
+  monkeypatch.setattr(served.studio, "paint", lambda *_: go.wait(20) and np.zeros((1, 8, 8, 3)))
+  longest(page, 12)
+  page.get_by_text("A lighthouse in a storm").click()
+  page.get_by_role("button", name="Draw it anyway").click()
+  expect(page.get_by_text(re.compile(r"Painting \.\.\. \d s"))).to_be_visible()
+  page.locator("button.stop-button").click()
+  expect(page.get_by_text("Stopped; there is no picture.")).to_be_visible()
+  expect(page.get_by_text("Painting ...")).to_have_count(0)
+  expect(box(page)).to_be_editable()
+  go.set()
+  page.wait_for_timeout(1000)
+  page.get_by_role("button", name="Clear").click()
+  expect(answers(page)).to_have_count(0)
+
+
 def test_stop_and_a_window_that_is_closed(served, page, slowly):
-  for _ in range(2):
+  for n in (1, 2):
     ask(page, "Tell me all")
+    expect(answers(page)).to_have_count(n)
     expect(answers(page).last).not_to_have_text("")
     assert served.metric("mgjax_rows_growing") == 1
     expect(page.get_by_role("button", name="Retry")).to_be_disabled()
     page.locator("button.stop-button").click()
     assert eventually(lambda: served.metric("mgjax_rows_growing") == 0) < 1
     expect(box(page)).to_be_editable()
+  page.wait_for_timeout(1000)
+  expect(answers(page)).to_have_count(2)  # what was said stays
+  expect(box(page)).to_have_value("")
   ask(page, "Tell me all")
   eventually(lambda: served.metric("mgjax_rows_growing") == 1)
   page.close()
@@ -162,7 +232,7 @@ def test_a_camera(page):
 
 def test_parameters_and_facts(page):
   for label in ("Temperature", "Top-p", "Top-k", "Longest answer, in tokens", "Seed",
-                "Pictures in high resolution (HD)"):
+                "Pictures in high resolution (HD)", "Draw a picture"):
     expect(page.get_by_text(label, exact=True).first).to_be_visible()
   facts = page.locator("#facts")
   expect(facts).to_contain_text("2 layers, width 32")

@@ -28,17 +28,18 @@ def test_files_that_were_not_uploaded_are_refused(served, window, path, tmp_path
   file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
   message = {"text": "What is it?", "files": [file]}
   number = window.number("multimodaltextbox", "submit")
-  for where, data in ((number, [None, message]), (number, [file, {"text": "a", "files": []}]),
+  for where, data in ((number, [None, message, False]),
+                        (number, [file, {"text": "a", "files": []}, False]),
                       (window.number("image", "input"), [{"text": "", "files": []}, file])):
     assert window.post(where, data).status_code == 500
   file["path"] = str(tmp_path / "secret.png")
   for files in ([file], [{"path": own, "inner": file}], {"path": own, "inner": [file]}):
-    assert window.post(number, [None, {"text": "a", "files": files}]).status_code == 500
+    assert window.post(number, [None, {"text": "a", "files": files}, False]).status_code == 500
   assert not list(pathlib.Path(folder).rglob("secret.png"))
   window.do("chatbot", "undo", [None])
   assert window.chat == [] and not window.box.get("files")
   message["files"][0]["path"] = own
-  window.do("multimodaltextbox", "submit", [None, message])
+  window.do("multimodaltextbox", "submit", [None, message, False])
   assert window.chat[0]["content"][0]["file"]["path"] == own
 
 

@@ -13,13 +13,14 @@ from mgjax.serve.app import make_app
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 SETTINGS = {"temperature": 0, "top_p": 1, "top_k": 0, "max_tokens": 8, "seed": -1, "hd": True,
             "ocr": False}
+DRAWING = {"draw_size": "64x64", "draw_steps": 5, "draw_guidance": 4}  # where the page draws
 SKIP = {"__type__": "update"}
 
 
 @contextlib.contextmanager
-def serving_page(assistant, api_key=None, **limits):
+def serving_page(assistant, api_key=None, **options):
   made = functools.partial(make_app, web=True, hosts=HOSTS)
-  with mock.patch("serving.make_app", made), serving(assistant, api_key, **limits) as served:
+  with mock.patch("serving.make_app", made), serving(assistant, api_key, **options) as served:
     yield served
 
 
@@ -58,10 +59,10 @@ class Window:
       self.chat = chat
     self.box = box.get("value", self.box) if box else self.box
 
-  def begin(self, text, *files):
+  def begin(self, text, *files, draw=False):
     """Sends a question, which `growing` answers then."""
     files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in files]
-    self.do("multimodaltextbox", "submit", [None, {"text": text, "files": files}])
+    self.do("multimodaltextbox", "submit", [None, {"text": text, "files": files}, draw])
 
   def ask(self, text, *files, **settings):
     """The answer as it is shown in the end."""
@@ -90,7 +91,8 @@ class Window:
     """Answers what was begun; gives the text of the last message several times a second."""
     begun = self.number(*event)
     number = next(d["id"] for d in self.config["dependencies"] if d["trigger_after"] == begun)
-    values = list((SETTINGS | settings).values())
+    draws = any(c["props"].get("label") == "Guidance" for c in self.config["components"])
+    values = list((SETTINGS | (DRAWING if draws else {}) | settings).values())
     self.event = self.post(number, [None, *values], "queue/join").json()["event_id"]
     self.running = number
     data = []
@@ -116,4 +118,4 @@ class Window:
     """What the button does."""
     self._http.post("/gradio_api/cancel", json={
         "session_hash": self._session, "fn_index": self.running, "event_id": self.event})
-    self.do("multimodaltextbox", "stop", [])
+    self.do("multimodaltextbox", "stop", [None])
