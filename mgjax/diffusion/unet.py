@@ -56,9 +56,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
     """x [N, L, D], context [N, M, E] -> [N, L, D]."""
-    split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-    attended = spatial_attention(split(self.q(x)), split(self.k(context)), split(self.v(context)))
-    return self.out(attended.reshape(x.shape))
+    return self.out(spatial_attention(self.q(x), self.k(context), self.v(context), self.heads))
 
 
 class TransformerBlock(nnx.Module):

@@ -30,8 +30,8 @@ class MapAttention(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C] -> the same
     n, h, w, c = x.shape
     y = in_strips(self.norm(x).reshape(n, h * w, c))
-    q, k, v = (f(y)[:, :, None] for f in (self.q, self.k, self.v))
-    return in_strips(x + self.out(spatial_attention(q, k, v)[:, :, 0]).reshape(x.shape))
+    attended = spatial_attention(self.q(y), self.k(y), self.v(y), 1)
+    return in_strips(x + self.out(attended).reshape(x.shape))
 
 
 class Middle(nnx.Module):
