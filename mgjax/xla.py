@@ -27,7 +27,21 @@ _OPTIONS = {
     },
 }
 
+# Beside these, where convolutions are nearly all: XLA would turn the height of few pictures into
+# more pictures, copying every map there and back.
+_PAINTING = {
+    "tpu": {
+        "xla_tpu_run_space_to_batch": "false",
+        "xla_tpu_run_space_to_batch_on_new_platforms": "false",
+    },
+}
+
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
   """For `lowered.compile(compiler_options=...)`, by the platform of the mesh's devices."""
   return _OPTIONS.get(mesh.devices.flat[0].platform, {})
+
+
+def painting_options(platform: str) -> dict[str, str]:
+  """For `jax.jit(compiler_options=...)` of what paints."""
+  return _OPTIONS.get(platform, {}) | _PAINTING.get(platform, {})

@@ -2,10 +2,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers_golden import PROMPTS, latents, many_ends, picture, unet_inputs
 
+from mgjax.diffusion.layers import GroupNorm
 from mgjax.diffusion.painter import open_painter
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -64,3 +66,10 @@ def test_epsilons(sdxl, model):
            vae.encoder.mid.attention.norm, vae.encoder.norm_out, vae.decoder.norm_out,
            text.final_norm, text.last.norm1]
   assert [norm.eps for norm in norms] == sdxl.golden["epsilons"].tolist()
+
+
+def test_group_norm_of_bfloat16():
+  """Its variance takes one pass, in which sums may cancel."""
+  x = jnp.asarray(4 + np.random.default_rng(0).normal(size=(2, 9, 7, 8)), jnp.bfloat16)
+  norm = GroupNorm(8, 4, 1e-5)
+  np.testing.assert_allclose(norm(x).astype(jnp.float32), norm(x.astype(jnp.float32)), atol=0.02)
