@@ -184,9 +184,12 @@ class Drawer:
 
   def paint(self, chat) -> None:
     """What the last answer tells to, if it does.  Raises PaintError, OSError, ImageError."""
+    from mgjax.data.drawing.texts import PROMPT_START
     prompt = chat.drawing
     if prompt is None:
-      note("no picture: the model wrote no drawing prompt, <h>...</h>; /redraw makes it")
+      begun = chat.turns[-1][1].startswith(PROMPT_START)  # and ended at once
+      note("no picture: the model wrote no drawing prompt, <h>...</h>"
+           + ("; say more of what to draw" if begun else "; /redraw makes it"))
       return
     if cut := self._painter.cut(prompt):
       note(f"longer than SDXL reads (77 tokens); it does not see the end: {cut}")
