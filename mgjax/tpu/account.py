@@ -1,4 +1,4 @@
-"""A config on a slice: compiled, estimated, and if it does not fit, what would."""
+"""A program on a slice: compiled, estimated, and if it does not fit, what would."""
 from __future__ import annotations
 
 import dataclasses
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mgjax.config import ConfigError
-from mgjax.tpu.aot import DoesNotFit, Generation, Request, compile_whole, lower, requests, sketch
+from mgjax.tpu.aot import Generation, Request, requests
+from mgjax.tpu.compiler import DoesNotFit, Job, compile_whole, sketch
 from mgjax.tpu.report import Report, report
 from mgjax.tpu.slices import SLICES, Slice, describe, parse_slice
-from mgjax.train.compiled import mesh_of
 from mgjax.train.config import RunConfig
 
 
@@ -21,7 +21,7 @@ class Refusal:
   slice: str
   needed: float
   available: float
-  request: Request
+  job: Job
   fits: bool = False
 
   def as_text(self) -> str:
@@ -31,8 +31,9 @@ class Refusal:
             f"{(self.needed - self.available) / 2**30:.2f} too few")
 
   def as_json(self) -> dict[str, Any]:
-    """All fields."""
-    return dataclasses.asdict(self)
+    """All numbers."""
+    return {"program": self.program, "slice": self.slice, "needed": self.needed,
+            "available": self.available, "fits": self.fits}
 
 
 def of_config(config: RunConfig, what: str | Generation, chosen: Slice, *, rows: int = 0,
@@ -41,32 +42,37 @@ def of_config(config: RunConfig, what: str | Generation, chosen: Slice, *, rows:
 
   Raises ConfigError if config and slice do not fit together otherwise.
   """
-  mesh = mesh_of(config, describe(chosen))
-  results = []
-  for request in requests(config, what, rows, length):
-    try:
-      if sketched:
-        found = sketch(config, request, chosen)
-      else:
-        program, lowered = lower(config, request, mesh)
-        found = program, compile_whole(program, lowered, mesh)
-      made = report(*found, mesh, chosen)
-      refused = None if made.fits else (made.program, made.memory.peak, made.memory.available)
-    except DoesNotFit as error:
-      refused = error.program.what, error.needed, error.available
-    results.append(made if refused is None else
-                   Refusal(refused[0], chosen.name, *refused[1:], request))
-  return results
+  return [of_job(job, chosen, sketched=sketched) for job in requests(config, what, rows, length)]
 
 
-def nearest(config: RunConfig, request: Request, chosen: Slice) -> str:
+def of_job(job: Job, chosen: Slice, *, sketched: bool = False) -> Report | Refusal:
+  """What is to be compiled on a slice.  Raises ConfigError if they do not fit together otherwise
+  than for memory."""
+  try:
+    found = sketch(job, chosen) if sketched else compile_whole(job, chosen)
+    made = report(*found, job.mesh(describe(chosen)), chosen)
+  except DoesNotFit as error:
+    return Refusal(error.program.what, chosen.name, error.needed + error.program.beside,
+                   error.available, job)
+  if made.fits:
+    return made
+  return Refusal(made.program, chosen.name, made.memory.peak, made.memory.available, job)
+
+
+def kept(config: RunConfig, what: Generation, chosen: Slice, *, rows: int = 0,
+         length: int = 0) -> int:
+  """Bytes a chip of the weights and the cache of a language model that waits."""
+  [job] = requests(config, what, rows, length)
+  return sum(job.lower(describe(chosen))[0].arguments.values())
+
+
+def nearest(request: Request, chosen: Slice) -> str:
   """The smallest change with which the program fits, found by sketches."""
-  for told, changed, on in _changes(config, request, chosen):
+  for told, changed, on in _changes(request.config, request, chosen):
     try:
-      mesh = mesh_of(changed, describe(on))
       wanted = next(r for r in requests(changed, request.what, request.rows, request.length)
                     if request.shape is None or r.shape.hr_size == request.shape.hr_size)
-      if report(*sketch(changed, wanted, on), mesh, on).fits:
+      if of_job(wanted, on, sketched=True).fits:
         return f"it fits with {told}"
     except ConfigError:
       continue

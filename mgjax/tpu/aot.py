@@ -1,16 +1,10 @@
-"""Programs for the devices of a slice: lowered, and compiled ahead of time."""
+"""The programs of a training config, lowered for the devices of a slice: its step, and those of the
+engine."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import multiprocessing
-import os
-import re
-import tempfile
-import threading
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -19,23 +13,21 @@ from jax.sharding import Mesh
 
 from mgjax.checkpoint import abstract_params
 from mgjax.config import ConfigError
-from mgjax.data.mixtures import Fill, fill, of_data
+from mgjax.data.mixtures import fill, of_data
 from mgjax.data.packing import Format
 from mgjax.data.pipeline import batch_arrays
 from mgjax.infer.cache import BLOCK
 from mgjax.infer.programs import Programs
 from mgjax.infer.quantize import quantize
 from mgjax.sharding import batch_shards, check_heads, mesh_context
-from mgjax.tpu.slices import Slice, describe
+from mgjax.tpu.compiler import Program, bytes_a_chip
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
 from mgjax.train.config import RunConfig
 from mgjax.train.flops import Work, batch_flops, model_flops, pairs_seen
 from mgjax.train.optimizer import make_optimizer
 from mgjax.train.state import abstract_state, model_builder
-from mgjax.xla import compiler_options
 
 STEPS = 10_000  # of the schedule; what is compiled does not depend on it
-PATIENCE = 600  # seconds that a sketch may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,59 +47,28 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is to be compiled: "train" with a format of batches, or a program of the engine with so
-  many rows of so many positions (prefill) or cache slots (decode)."""
+  """What of a config is to be compiled: "train" with a format of batches, or a program of the
+  engine with so many rows of so many positions (prefill) or cache slots (decode).  A `Job`."""
 
+  config: RunConfig
   what: str | Generation
   rows: int
   length: int
   shape: Format | None = None
 
+  def mesh(self, devices: Sequence) -> Mesh:
+    """See `compiler.Job`."""
+    return mesh_of(self.config, devices)
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """A program on its mesh, what its mathematics needs (FLOPs over all chips), and what it takes in
-  a run: positions, images, and the bytes a chip of each part of its arguments.
-
-  reads: bytes a chip that a decode step must read, weights and full cache; 0: another program.
-  loops: as in `roofline.estimate`, blocks of a full cache.
-  """
-
-  what: str
-  mesh: dict[str, int]
-  model_flops: float
-  positions: int
-  images: int
-  arguments: dict[str, int]
-  fill: Fill | None = None  # of the rows, by the paper's mixture, where the config's data are that
-  reads: int = 0
-  loops: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """The compiler's text of a program, its bytes of HBM a chip (temporary: made on the way), and the
-  seconds that compiling took.  whole: compiled to the end, so that the text has the compiler's
-  estimates; a sketch stops when the schedule and the memory are known."""
-
-  text: str
-  arguments: int
-  temporary: int
-  code: int
-  seconds: float
-  whole: bool
-
-
-class DoesNotFit(ConfigError):
-  """The compiler refused a program for its memory: bytes a chip needed, and available."""
-
-  def __init__(self, program: Program, needed: float, available: float):
-    super().__init__(f"{program.what}: needs {needed / 2**30:.2f} GiB of HBM a chip, there are "
-                     f"{available / 2**30:.2f}")
-    self.program, self.needed, self.available = program, needed, available
-
-  def __reduce__(self):  # it comes from another process
-    return type(self), (self.program, self.needed, self.available)
+  def lower(self, devices: Sequence) -> tuple[Program, jax.stages.Lowered]:
+    """See `compiler.Job`.  Raises ConfigError if config, request and devices do not fit together.
+    """
+    config, mesh = self.config, self.mesh(devices)
+    check_heads(config.model.decoder, mesh)
+    if self.what == "train":
+      check_batch(config, mesh)
+      return _train_step(config, self.shape, mesh)
+    return _generation(config, self, mesh)
 
 
 def requests(config: RunConfig, what: str | Generation, rows: int = 0,
@@ -115,21 +76,9 @@ def requests(config: RunConfig, what: str | Generation, rows: int = 0,
   """What of a config can be compiled: `what` is "train" (one program for each resolution), or a
   `Generation` (rows 0: one for each batch shard; length 0: config.data.max_length)."""
   if what == "train":
-    return [Request(what, formats[0].rows, formats[0].length, formats[0])
+    return [Request(config, what, formats[0].rows, formats[0].length, formats[0])
             for formats in config.data.formats]
-  return [Request(what, rows, length or config.data.max_length)]
-
-
-def lower(config: RunConfig, request: Request, mesh: Mesh) -> tuple[Program, jax.stages.Lowered]:
-  """The program as the compiler gets it.
-
-  Raises ConfigError if config, request and mesh do not fit together.
-  """
-  check_heads(config.model.decoder, mesh)
-  if request.what == "train":
-    check_batch(config, mesh)
-    return _train_step(config, request.shape, mesh)
-  return _generation(config, request, mesh)
+  return [Request(config, what, rows, length or config.data.max_length)]
 
 
 def _train_step(config, shape, mesh):
@@ -180,105 +129,3 @@ def _read_weights(decoder) -> int:
   """Bytes a chip that one token needs; of a table that is not the head as well, next to none."""
   table = decoder.embedding.get_value() if decoder.head is not None else ()
   return bytes_a_chip(nnx.state(decoder)) - bytes_a_chip(table)
-
-
-def compile_whole(program: Program, lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
-  """Compiles to the end: minutes.  Raises DoesNotFit."""
-  started = time.perf_counter()
-  try:
-    compiled = lowered.compile(compiler_options(mesh))
-  except jax.errors.JaxRuntimeError as error:
-    raise _explained(program, error) from error
-  stats = compiled.memory_analysis()
-  # Not what the sum of temporaries is, of which not all are there at one time.
-  made = max(0, stats.peak_memory_in_bytes - stats.argument_size_in_bytes)
-  return Compiled(compiled.as_text(), stats.argument_size_in_bytes, made,
-                  stats.generated_code_size_in_bytes, time.perf_counter() - started, True)
-
-
-def _explained(program: Program, error: Exception) -> ConfigError:
-  """What the compiler's error means."""
-  size = r"([\d.]+)([KMGT])"
-  found = re.search(rf"Used {size} of {size} hbm|temporaries \({size}\) exceeds available HBM "
-                    rf"\({size}\)", str(error))
-  if not found:
-    return ConfigError(f"{program.what}: the compiler failed: {str(error).splitlines()[0]}")
-  needed, needed_unit, there, there_unit = (group for group in found.groups() if group)
-  scaled = lambda number, unit: float(number) * 2 ** (10 * " KMGT".index(unit))
-  return DoesNotFit(program, scaled(needed, needed_unit), scaled(there, there_unit))
-
-
-def sketch(config: RunConfig, request: Request, chosen: Slice) -> tuple[Program, Compiled]:
-  """Compiles until the schedule is made, in a process that is ended then: seconds instead of
-  minutes.
-
-  Raises what `lower` raises, DoesNotFit, and ConfigError where the compiler fails otherwise.
-  """
-  context, started = multiprocessing.get_context("spawn"), time.perf_counter()
-  with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_sketch, args=(config, request, chosen, folder, theirs),
-                            daemon=True)
-    child.start()
-    try:
-      theirs.close()
-      if not ours.poll(PATIENCE):
-        raise ConfigError(f"{request.what}: not even lowered within {PATIENCE} s")
-      program = _received(ours)
-      while not (text := _dumped(Path(folder))):
-        if ours.poll(0.2) and _report_of(Path(folder)) is None:
-          _received(ours)  # raises: before the dump it can only be an error
-        if time.perf_counter() - started > PATIENCE:
-          raise ConfigError(f"{program.what}: not scheduled within {PATIENCE} s")
-    finally:
-      child.kill()
-      child.join()
-    used = sum(int(n) for n in re.findall(
-        r"Memory Space: default.*\nTotal bytes: (\d+)", _report_of(Path(folder)).read_text()))
-    arguments = sum(program.arguments.values())
-  return program, Compiled(text, arguments, max(0, used - arguments), 0,
-                           time.perf_counter() - started, False)
-
-
-def _sketch(config, request, chosen, folder, pipe):
-  """Runs in the child, and ends with the parent, however that ends."""
-  threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)),
-                   daemon=True).start()
-  program = None
-  try:
-    mesh = mesh_of(config, describe(chosen))
-    program, lowered = lower(config, request, mesh)
-    pipe.send(program)
-    lowered.compile(compiler_options(mesh) | {
-        "xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_as_long_text": True})
-  except (ConfigError, jax.errors.JaxRuntimeError) as error:
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for the end of it any more
-      pipe.send(error if isinstance(error, ConfigError) else _explained(program, error))
-
-
-def _received(pipe):
-  try:
-    got = pipe.recv()
-  except EOFError:
-    raise ConfigError("the compiler ended without a word; compile it whole to see why") from None
-  if isinstance(got, ConfigError):
-    raise got
-  return got
-
-
-def _report_of(folder: Path) -> Path | None:
-  return next(folder.glob("*jit_*.after_optimizations-memory-usage-report.txt"), None)
-
-
-def _dumped(folder: Path) -> str | None:
-  """The scheduled program, once it stands there whole: it is written before the report."""
-  if _report_of(folder) is None:
-    return None
-  time.sleep(1)
-  return next(folder.glob("*jit_*.after_optimizations.txt")).read_text()
-
-
-def bytes_a_chip(tree) -> int:
-  """What the arrays of a tree of ShapeDtypeStructs take on one chip."""
-  return sum(math.prod(s.sharding.shard_shape(s.shape)) * jax.dtypes.itemsize_bits(s.dtype) // 8
-             for s in jax.tree.leaves(tree))

@@ -113,9 +113,13 @@ def _grouped_flops(operands, i: Instruction) -> float:
 
 def _attention_flops(operands, i: Instruction) -> float:
   """Of a splash attention kernel: two products forward, five backward (all gradients in one), over
-  the blocks that its mask leaves.  0 for another kernel."""
+  the blocks that its mask leaves.  Of `short_attention`: two, of all queries with all keys.  0 for
+  another kernel."""
   products = 2 if "splash_mha_fwd" in i.name else 5 if "splash_mha_dkv" in i.name else 0
   arrays = [operands[name].arrays[0] for name in i.operands]
+  if i.name.startswith("short_attention"):  # [rows, queries, width], keys and values likewise
+    (rows, queries, width), (_, keys, _) = arrays[0].dims, arrays[1].dims
+    return 2 * 2 * rows * queries * keys * width
   queries = next((a for a in arrays if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")), None)
   if not products or queries is None:
     return 0

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from mgjax.chips import Chip
 from mgjax.models.moe import EVEN_SHARES
 from mgjax.tpu import hlo, links
-from mgjax.tpu.aot import Compiled, Program
 from mgjax.tpu.calibration import SKETCH, WHOLE
+from mgjax.tpu.compiler import Compiled, Program
 from mgjax.tpu.roofline import NOT_COUNTED, Estimate, estimate
 from mgjax.tpu.slices import Slice
 from mgjax.tpu.slices import chip as chip_of_slice
@@ -30,6 +30,7 @@ class Memory:
   code: int
   peak: int
   available: int
+  beside: int = 0   # of another model, not this program's
 
   @property
   def fits(self) -> bool:
@@ -38,7 +39,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A program on a slice.  Times are estimates, in seconds; `step` is the calibrated one."""
+  """A program on a slice.  Times are estimates, in seconds, of one run; `step` is
+  the calibrated one."""
 
   program: str
   slice: str
@@ -71,6 +73,7 @@ class Report:
   images_per_s_per_chip: float
   useful: float | None        # share of positions that the paper's mixture fills, lengths assumed
   hours: float | None         # of an epoch of it
+  steps: int                  # of a sampler, in one run; 0: another program
 
   @property
   def fits(self) -> bool:
@@ -101,14 +104,17 @@ def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> R
       guess.by_source, guess.bound, guess.binds, guess.expected, factor, step,
       needed / chip.peak / guess.bound, needed / chip.peak / step,
       program.positions / chips / step, program.images / chips / step,
-      program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600)
+      program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600,
+      program.steps)
 
 
 def memory(program: Program, compiled: Compiled, chip: Chip) -> Memory:
-  """By the compiler's account."""
+  """By the compiler's account; weights that the program does not read lie there too."""
   known = [program.arguments.get(k, 0) for k in ("params", "frozen", "optimizer")]
-  return Memory(*known, compiled.arguments - sum(known), compiled.temporary, compiled.code,
-                compiled.arguments + compiled.temporary + compiled.code, chip.hbm)
+  arguments = compiled.arguments + max(0, sum(program.arguments.values()) - compiled.read)
+  peak = arguments + compiled.temporary + compiled.code + program.beside
+  return Memory(*known, arguments - sum(known), compiled.temporary, compiled.code, peak, chip.hbm,
+                program.beside)
 
 
 def _collectives(guess: Estimate) -> tuple[dict[str, Any], ...]:
@@ -131,7 +137,7 @@ def _text(r: Report) -> str:
          f"DOES NOT FIT, {gib(m.peak - m.available)} too much"),
       f"                params {gib(m.params)}, frozen {gib(m.frozen)}, optimizer "
       f"{gib(m.optimizer)}, batch {gib(m.batch)}, activations and gradients {gib(m.activations)}, "
-      f"code {gib(m.code)}",
+      f"code {gib(m.code)}" + f", another model beside it {gib(m.beside)}" * bool(m.beside),
       f"FLOPs a chip    {r.model_flops / 1e12:.2f} T by the mathematics, "
       f"{r.compiled_flops / 1e12:.2f} T as compiled ({r.kernel_flops / 1e12:.2f} T in Pallas "
       "kernels)",
@@ -149,9 +155,11 @@ def _text(r: Report) -> str:
       + f"), links that it waits for {ms(r.exposed)}",
       *([f"                the compiler's cycles: {ms(r.compiler)}, on fusions only"]
         if r.compiler else []),
-      f"estimated step  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "
-      f"MFU {r.mfu:.1%}, {r.tokens_per_s_per_chip:,.0f} positions/s/chip, "
-      f"{r.images_per_s_per_chip:.2f} images/s/chip",
+      f"estimated time  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "
+      f"MFU {r.mfu:.1%}, "
+      + (f"{ms(r.step / r.steps)} for each of {r.steps} steps, " if r.steps else "")
+      + (f"{r.tokens_per_s_per_chip:,.0f} positions/s/chip, " if r.tokens_per_s_per_chip else "")
+      + f"{r.images_per_s_per_chip:.2f} images/s/chip",
       *([] if r.useful is None else [
           f"rows            {r.useful:.1%} filled by the paper's mixture (text lengths are "
           f"assumed); an epoch of it: {r.hours:.1f} hours"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import dataclasses
 
 from mgjax.chips import Chip
-from mgjax.tpu.hlo import Module
+from mgjax.tpu.hlo import Instruction, Module
 from mgjax.tpu.links import Collective, Network, collectives
 from mgjax.tpu.ops import Cost, cost
 
@@ -36,7 +36,8 @@ class Estimate:
   exposed: float                   # part of `links` in which the core waits
   expected: float                  # step time: loops one after another, in each the longest of
                                    # core, memory and links, and what is exposed
-  by_source: dict[str, float]      # seconds of the core by where the operations come from
+  by_source: dict[str, float]      # seconds of the core by where the operations come from; of a
+                                   # program without gradients by what they are
   collectives: tuple[tuple[Collective, float], ...]  # and how often they run
 
   @property
@@ -63,8 +64,8 @@ def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1,
   result = Estimate(
       walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core, walk.compiler,
       walk.bytes / chip.hbm_bandwidth, links,
-      sum(c.seconds * times for c, times in walk.found if not c.hidden), expected, walk.sources,
-      tuple(walk.found))
+      sum(c.seconds * times for c, times in walk.found if not c.hidden), expected,
+      walk.sources if len(walk.sources) > 1 else walk.kinds, tuple(walk.found))
   if result.core < 0.999 * result.products:
     raise ValueError(f"{result.core:.4f} s for {result.flops:.4g} operations is above the peak "
                      f"rate of a {chip.name}")
@@ -80,6 +81,7 @@ class _Walk:
     self._own_rows, self._loops = own_rows, loops
     self.flops = self.kernel_flops = self.bytes = self.core = self.compiler = 0.0
     self.sources: dict[str, float] = {}
+    self.kinds: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
 
   def region(self, computation: str, times: float) -> float:
@@ -120,8 +122,8 @@ class _Walk:
     self.compiler += (price.compiler or 0.0) * times
     self.found += [(c, times) for c in own]
     if price.seconds:
-      self.sources[_source(i.op_name)] = (
-          self.sources.get(_source(i.op_name), 0.0) + price.seconds * times)
+      for sums, key in ((self.sources, _source(i.op_name)), (self.kinds, _kind(i, price))):
+        sums[key] = sums.get(key, 0.0) + price.seconds * times
 
 
 def _source(op_name: str) -> str:
@@ -131,3 +133,12 @@ def _source(op_name: str) -> str:
   if "transpose(" in op_name:
     return "backward"
   return "forward" if "jvp" in op_name else "other"
+
+
+def _kind(i: Instruction, price: Cost) -> str:
+  """What an operation mostly is."""
+  if price.kernel_flops:
+    return "kernels"
+  if price.flops:
+    return "convolutions" if "conv_general_dilated" in i.op_name else "products"
+  return "other"

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from mgjax.config import ConfigError
-from mgjax.tpu.aot import DoesNotFit, requests, sketch
-from mgjax.tpu.report import Report, report
-from mgjax.tpu.slices import Slice, describe
-from mgjax.train.compiled import mesh_of
+from mgjax.tpu.account import of_job
+from mgjax.tpu.aot import requests
+from mgjax.tpu.report import Report
+from mgjax.tpu.slices import Slice
 from mgjax.train.config import MeshConfig, RunConfig
 
 # From the fastest on, where memory allows it; the first that fits is the best of a mesh.
@@ -34,17 +34,12 @@ def sweep(config: RunConfig, chosen: Slice, *, show: Callable[[str], None]) -> l
     for candidate in group:
       tried += 1
       try:
-        mesh = mesh_of(candidate.config, describe(chosen))
-        request = requests(candidate.config, "train")[0]
-        made = report(*sketch(candidate.config, request, chosen), mesh, chosen)
-      except DoesNotFit as error:
-        show(f"{candidate.flags}: does not fit, {error.needed / 2**30:.1f} GiB")
-        continue
+        made = of_job(requests(candidate.config, "train")[0], chosen, sketched=True)
       except ConfigError as error:
         show(f"{candidate.flags}: {error}")
         break
       if not made.fits:
-        show(f"{candidate.flags}: does not fit, {made.memory.peak / 2**30:.1f} GiB")
+        show(f"{candidate.flags}: does not fit, {made.needed / 2**30:.1f} GiB")
         continue
       show(f"{candidate.flags}: {1e3 * made.step:.0f} ms, MFU {made.mfu:.1%}")
       found.append((candidate, made))

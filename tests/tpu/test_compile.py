@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgjax.sharding import make_mesh
-from mgjax.tpu import aot, hlo, links, roofline, slices
+from mgjax.tpu import compiler, hlo, links, roofline, slices
 
 REPO = pathlib.Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -73,8 +73,9 @@ def test_what_goes_between_slices():
 
 
 def command(*args, topology="v5e:2x2", config="configs/stage2.py:tiny"):
+  named = [f"--config={config}"] if config else []
   return subprocess.run(
-      [sys.executable, "launch/compile.py", f"--config={config}", f"--topology={topology}", *args],
+      [sys.executable, "launch/compile.py", f"--topology={topology}", *named, *args],
       cwd=REPO, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": "."})
 
 
@@ -90,9 +91,12 @@ def test_the_command_on_a_tiny_model(tmp_path):
 
 @pytest.mark.parametrize("kwargs, said", [
     (dict(topology="v5e:7x7"), "near it: v5e-"), (dict(topology="tpu"), "generations are"),
-    (dict(config="configs/stage2.py:mgm-8b,what"), "what")])
+    (dict(config="configs/stage2.py:mgm-8b,what"), "what"),
+    (dict(config=None), "only --draw needs none"),
+    (dict(config=None, args=["--draw", "--decode"]), "--draw: without"),
+    (dict(config=None, args=["--draw", "--size=big"]), "--size: 'big' is no size")])
 def test_mistakes_are_one_line(kwargs, said):
-  done = command(**kwargs)
+  done = command(*kwargs.pop("args", ()), **kwargs)
   assert done.returncode == 2 and said in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
 
@@ -119,9 +123,9 @@ def test_without_the_compiler_the_extra_is_named(tmp_path):
     ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
      "(23.80G) exceeds available HBM (15.75G).", 23.8, 15.75)])
 def test_memory_that_the_compiler_misses_is_understood(said, needed, there):
-  program = aot.Program("train step", {}, 1.0, 1, 1, {})
-  error = aot._explained(program, RuntimeError(said))
-  assert isinstance(error, aot.DoesNotFit)
+  program = compiler.Program("train step", {}, 1.0, 1, 1, {})
+  error = compiler._explained(program, RuntimeError(said))
+  assert isinstance(error, compiler.DoesNotFit)
   again = pickle.loads(pickle.dumps(error))  # as it comes from the sketching process
   assert again.needed == needed * 2**30 and again.available == there * 2**30
   assert "GiB" in str(again)

@@ -185,6 +185,18 @@ def test_kernels_of_attention_count_the_blocks_of_their_mask():
   assert got == {ops.ATTENTION_RATE: whole * 3 / 4}  # three of four blocks
 
 
+def test_short_attention_counts_all_queries_with_all_keys():
+  text = TEXT.replace("  %one = s32[] constant(1)\n", '''  %q = bf16[2,4096,640]{2,1,0} parameter(1)
+  %k = bf16[2,77,640]{2,1,0} parameter(2)
+  %v = bf16[2,77,640]{2,1,0} parameter(3)
+  %short_attention.7 = bf16[2,4096,640]{2,1,0} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call"
+  %one = s32[] constant(1)
+''')
+  module = hlo.parse(text)
+  got = ops.op_flops(module, *found(module, "short_attention.7"))
+  assert got == {ops.ATTENTION_RATE: 2 * 2 * 2 * 4096 * 77 * 640}
+
+
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("nothing")
