@@ -1,5 +1,5 @@
-"""Seconds of a step of SDXL's UNet, and of a picture's decoding, beside diffusers (torch): mid-size,
-the same random weights, float32, on a CPU.
+"""Seconds of a step of SDXL's UNet, and of a picture's decoding, beside diffusers (torch): mid-
+size, the same random weights, float32, on a CPU.
 
     pip install -e '.[parity]'
     python benchmarks/draw.py
