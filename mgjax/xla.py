@@ -27,9 +27,10 @@ _OPTIONS = {
     },
 }
 
-# Beside these, where convolutions are nearly all: XLA would turn the height of few pictures into
-# more pictures, copying every map there and back.
-_PAINTING = {
+# Beside these, for the UNet's small maps: XLA would turn the height of few pictures into more
+# pictures, copying every map there and back.  (The autoencoder's large ones gain nothing by it, and
+# take a quarter of an hour to compile.)
+_SAMPLING = {
     "tpu": {
         "xla_tpu_run_space_to_batch": "false",
         "xla_tpu_run_space_to_batch_on_new_platforms": "false",
@@ -37,11 +38,16 @@ _PAINTING = {
 }
 
 
+def options_of(platform: str) -> dict[str, str]:
+  """For `jax.jit(compiler_options=...)`."""
+  return _OPTIONS.get(platform, {})
+
+
+def sampling_options(platform: str) -> dict[str, str]:
+  """The same for the loop that takes noise out of latents."""
+  return options_of(platform) | _SAMPLING.get(platform, {})
+
+
 def compiler_options(mesh: Mesh) -> dict[str, str]:
   """For `lowered.compile(compiler_options=...)`, by the platform of the mesh's devices."""
-  return _OPTIONS.get(mesh.devices.flat[0].platform, {})
-
-
-def painting_options(platform: str) -> dict[str, str]:
-  """For `jax.jit(compiler_options=...)` of what paints."""
-  return _OPTIONS.get(platform, {}) | _PAINTING.get(platform, {})
+  return options_of(mesh.devices.flat[0].platform)

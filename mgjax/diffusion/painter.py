@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from mgjax.diffusion.prompt import PromptTokenizer
 from mgjax.diffusion.schedule import Schedule, make_schedule
 from mgjax.diffusion.sdxl import Sdxl
 from mgjax.sharding import constrain, make_mesh, mesh_context
-from mgjax.xla import painting_options
+from mgjax.xla import options_of, sampling_options
 
 LARGEST = 4    # times the model's own side; past that nothing sensible comes
 # What a picture should not be (R App. C).
@@ -80,10 +79,10 @@ class Painter:
     self._devices = jax.devices() if devices is None else devices
     self.params: dict | None = None  # on the devices, or None
     self._graphdef, self._shapes = abstract_sdxl(config, dtype, vae_dtype)
-    jit = functools.partial(
-        jax.jit, compiler_options=painting_options(self._devices[0].platform))
-    self._encode, self._sample, self._decode = map(
-        jit, (self._encode_program, self._sample_program, self._decode_program))
+    platform = self._devices[0].platform
+    self._encode = jax.jit(self._encode_program, compiler_options=options_of(platform))
+    self._sample = jax.jit(self._sample_program, compiler_options=sampling_options(platform))
+    self._decode = jax.jit(self._decode_program, compiler_options=options_of(platform))
 
   # Pure functions, traced once for each size, number of pictures, and guidance or not.
 
