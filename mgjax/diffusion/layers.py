@@ -109,6 +109,8 @@ def spatial_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> j
 
   q [N, Lq, D], k, v [N, Lk, D] -> [N, Lq, D]
   """
+  if k.shape[1] == q.shape[1]:  # of the map itself: each strip computes its own, then they meet
+    k, v = in_strips(k), in_strips(v)
   queries = fitting_spec(q.shape, "batch", "strips", None)
   local = functools.partial(_local_attention, heads=heads)
   return jax.shard_map(local, in_specs=(queries, P(queries[0]), P(queries[0])), out_specs=queries,
