@@ -144,7 +144,9 @@ def relative(a, b):
   return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("decoder", [DENSE, SPARSE, TIED], ids=["dense", "experts", "tied"])
+@pytest.mark.parametrize("decoder", [
+    pytest.param(DENSE, id="dense"), pytest.param(TIED, id="tied"),
+    pytest.param(SPARSE, id="experts", marks=pytest.mark.slow)])
 def test_scores_stay_close(mesh, decoder):
   """int8 weights change random scores by less than 5 %, int4 by less than 40 %, an int8 cache by
   less than 2 %; scales that are off by a tenth change them by more than the bound of int8."""
