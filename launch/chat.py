@@ -24,7 +24,7 @@ import sys
 import time
 
 from mgjax.infer.gallery import Gallery, size
-from mgjax.terminal import BOLD, complain, note, styled, ticking, writer
+from mgjax.terminal import BOLD, complain, exit_code, note, styled, ticking, writer
 
 HELP = """\
 /image FILE  add a picture to the next question
@@ -334,24 +334,22 @@ def expected_errors() -> tuple[type[Exception], ...]:
   return (ImageError, ValueError, OSError)
 
 
+def talk(args: argparse.Namespace) -> None:
+  """All that the arguments ask for.  Raises what `expected_errors` lists."""
+  drawer = Drawer(args) if args.draw is not None else None
+  chat = open_chat(args)
+  if drawer is not None:
+    drawer.join(chat)
+  if args.prompt is not None:
+    say(chat, args.prompt, drawer)
+  else:
+    converse(chat, args, drawer)
+
+
 def main(argv: list[str] | None = None) -> int:
   """The program; returns its exit code."""
   args = arguments(argv)
-  try:
-    drawer = Drawer(args) if args.draw is not None else None
-    chat = open_chat(args)
-    if drawer is not None:
-      drawer.join(chat)
-    if args.prompt is not None:
-      say(chat, args.prompt, drawer)
-    else:
-      converse(chat, args, drawer)
-  except expected_errors() as error:
-    complain(str(error))
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  return exit_code(lambda: talk(args), expected=expected_errors())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import time
 
 from mgjax.infer.gallery import Gallery, size
-from mgjax.terminal import complain, note, ticking
+from mgjax.terminal import exit_code, note, ticking
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,14 +79,7 @@ def paint(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
   """The program; returns its exit code."""
   args = arguments(argv)
-  try:
-    paint(args)
-  except (ValueError, OSError) as error:
-    complain(str(error))
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  return exit_code(lambda: paint(args))
 
 
 if __name__ == "__main__":

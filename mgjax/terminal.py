@@ -35,6 +35,19 @@ def complain(message: str) -> None:
   print(f"{styled('error:', RED, sys.stderr)} {message}", file=sys.stderr)
 
 
+def exit_code(body: Callable[[], None], *,
+              expected: tuple[type[Exception], ...] = (ValueError, OSError)) -> int:
+  """Runs a program's body: what wrong input raises becomes one line and 2, Ctrl-C 130."""
+  try:
+    body()
+  except expected as error:
+    complain(str(error))
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
 def cells(text: str) -> int:
   """Places that the text takes in a line of a terminal."""
   return sum(0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else

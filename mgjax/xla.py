@@ -28,8 +28,8 @@ _OPTIONS = {
 }
 
 # Beside these, for the UNet's small maps: XLA would turn the height of few pictures into more
-# pictures, copying every map there and back.  (The autoencoder's large ones gain nothing by it, and
-# take a quarter of an hour to compile.)
+# pictures, copying every map there and back.  (Of the autoencoder's large maps nothing is known but
+# that they compile much longer so.)
 _SAMPLING = {
     "tpu": {
         "xla_tpu_run_space_to_batch": "false",
