@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,20 +22,21 @@ from mgjax.tpu.aot import Generation  # noqa: E402
 from mgjax.tpu.drawing import drawings  # noqa: E402
 
 _REPO = Path(__file__).resolve().parents[1]
-SETTINGS = (("v5e-4", 4, 20), ("v5e-4", 1, 30), ("v5e-4", 8, 30), ("v5e-8", 1, 30),
-            ("v5e-8", 8, 30))  # slice, pictures, steps
+SETTINGS = (("v5e-8", 1, 30), ("v5e-4", 1, 30), ("v5e-4", 8, 30), ("v5e-8", 8, 30),
+            ("v5e-4", 4, 20))  # slice, pictures, steps
 BESIDE = "mgm-7b"  # all chips sharing every layer, 8 rows of 2048
 KEPT = ("chips", "mesh", "model_flops", "compiled_flops", "hbm_bytes", "products", "links",
         "exposed", "bound", "binds", "step", "mfu", "compile_seconds")
 
 
-def measured(name: str, pictures: int, steps: int) -> list[dict]:
-  """A row for each program."""
+def measured(name: str, pictures: int, steps: int, done: set[str]) -> Iterator[dict]:
+  """A row for each program that is not done yet."""
   chosen = slices.parse_slice(name)
   command = (f"python launch/compile.py --draw --topology={name} --pictures={pictures} "
              f"--draw_steps={steps}")
-  rows = []
   for job in drawings(SdxlConfig(), Painting(steps=steps), pictures, chosen):
+    if job.program in done:
+      continue
     made = account.of_job(job, chosen)
     row = {"slice": name, "pictures": pictures, "steps": steps, "program": job.program,
            "runs": job.runs, "fits": made.fits, "command": command}
@@ -42,8 +44,7 @@ def measured(name: str, pictures: int, steps: int) -> list[dict]:
       row |= {k: getattr(made, k) for k in KEPT} | {"peak": made.memory.peak}
     else:
       row |= {"needed": made.needed}
-    rows.append(row)
-  return rows
+    yield row
 
 
 def beside(name: str) -> dict:
@@ -90,21 +91,21 @@ def main() -> int:
   text = args.out.read_text() if args.out.exists() else ""
   rows = [json.loads(line) for line in text.splitlines()]
 
-  def add(new: list[dict]) -> None:
-    rows.extend(new)
+  def add(row: dict) -> None:
+    rows.append(row)
     with args.out.open("a") as file:
-      file.writelines(json.dumps(row) + "\n" for row in new)
-    for row in new:
-      print({k: v for k, v in row.items() if k != "command"}, flush=True)
+      file.write(json.dumps(row) + "\n")
+    print({k: v for k, v in row.items() if k != "command"}, flush=True)
 
   if not args.table:
     for name in dict.fromkeys(name for name, *_ in SETTINGS):
       if not any((r["slice"], r["program"]) == (name, BESIDE) for r in rows):
-        add([beside(name)])
-    done = {(r["slice"], r["pictures"], r["steps"]) for r in rows if r["program"] != BESIDE}
+        add(beside(name))
     for setting in SETTINGS:
-      if setting not in done:
-        add(measured(*setting))
+      done = {r["program"] for r in rows if r["program"] != BESIDE
+              and (r["slice"], r["pictures"], r["steps"]) == setting}
+      for row in measured(*setting, done):
+        add(row)
   print(table(rows))
   return 0
 

@@ -112,8 +112,8 @@ def add_prompts(subparsers) -> None:
 
 
 def run_prompts(args: argparse.Namespace) -> int:
-  from mgjax.data.drawing.client import EndpointConfig
   from mgjax.data.drawing.run import PromptsConfig, make_prompts
+  from mgjax.endpoint.client import EndpointConfig
 
   config = PromptsConfig(
       output=args.output, captions=args.captions, contexts=args.contexts, examples=args.examples,
@@ -151,9 +151,9 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
 
   from mgjax.config import ConfigError
-  from mgjax.data.drawing.client import EndpointError
   from mgjax.data.journal import JournalError
   from mgjax.data.samples import DataError
+  from mgjax.endpoint.client import EndpointError
   try:
     return args.run(args)
   except (ConfigError, DataError, EndpointError, JournalError, OSError) as e:

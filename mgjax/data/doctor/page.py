@@ -1,11 +1,11 @@
 """How a data check is told: a page that needs nothing else, and a table for the terminal."""
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 
 from mgjax.data.doctor.examine import LINES, Lengths, Report, SourceReport
 from mgjax.data.doctor.rows import Option, Rows
+from mgjax.page import clean, document, escape
 
 # What each kind of finding means, and the way out.
 KINDS = {
@@ -35,26 +35,13 @@ def page(report: Report) -> str:
   """The whole page.  Whatever comes from data or config is escaped."""
   v = report.verdict
   title = ", ".join(dict.fromkeys(s.path for s in report.sources))
-  body = [
-      f"<header><p class=over>Data check</p><h1>{_esc(title)}</h1></header>",
+  sections = [
       f'<section class="verdict {"good" if v.ok else "bad"}"><h2>{_ICON[v.ok]}'
-      f"{_esc(v.headline)}.</h2>"
+      f"{escape(v.headline)}.</h2>"
       f"{_paragraphs(v.details)}</section>",
       _tiles(report), _notes(report.notes), _sources(report), _problems(report), _lengths(report),
       *(_rows(report, r) for r in report.packing), _settings(report)]
-  return (f"<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport "
-          f'content="width=device-width,initial-scale=1"><title>{_esc(v.headline)}</title>'
-          f"<style>{_CSS}</style></head><body><main>{''.join(body)}</main></body></html>\n")
-
-
-def _clean(text: object) -> str:
-  """Without what would act on a terminal or turn the direction of writing."""
-  return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-                 for c in str(text))
-
-
-def _esc(text: object) -> str:
-  return html.escape(_clean(text))
+  return document("Data check", title, sections, _CSS, tab=v.headline)
 
 
 def _short(text: str, most: int = 400) -> str:
@@ -66,13 +53,13 @@ def _share(x: float) -> str:
 
 
 def _section(title: str, *parts: str) -> str:
-  return f"<section><h2>{_esc(title)}</h2>{''.join(parts)}</section>"
+  return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
 def _paragraphs(details: str) -> str:
   """Without the samples that a run would list, each indented: they are shown below."""
   lines = [line for line in details.splitlines() if not line.startswith("  ")]
-  return "".join(f"<p>{_esc(_short(line))}</p>" for line in lines)
+  return "".join(f"<p>{escape(_short(line))}</p>" for line in lines)
 
 
 def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], left: int = 1) -> str:
@@ -90,24 +77,24 @@ def _tiles(report: Report) -> str:
            (f"{report.images:,}", "pictures"), (f"{report.steps_per_epoch:,}", "steps an epoch"),
            (_share(rows.padding) if rows else "–", "padding")]
   return "<div class=tiles>" + "".join(
-      f"<div><b>{_esc(value)}</b><span>{_esc(name)}</span></div>"
+      f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>"
       for value, name in facts) + "</div>"
 
 
 def _notes(notes: Sequence[str]) -> str:
-  return f"<ul class=notes>{''.join(f'<li>{_esc(n)}</li>' for n in notes)}</ul>" if notes else ""
+  return f"<ul class=notes>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul>" if notes else ""
 
 
 def _sources(report: Report) -> str:
   def row(s: SourceReport):
     bad = sum(s.problems.values()) + sum(s.late.values())
-    name = f"<b>{_esc(s.name)}</b>" + (f"<br><small>{_esc(s.path)}</small>"
+    name = f"<b>{escape(s.name)}</b>" + (f"<br><small>{escape(s.path)}</small>"
                                        if s.path != s.name else "")
     kinds = [f"{k} {n:,}" for k, n in (s.problems | {f"{k} (later)": n for k, n in s.late.items()}
                                        ).items()]
     return "", [name, f"{s.samples:,}", f"{s.usable:,}", f"{s.images:,}",
                 f'<span class="{"badtext" if bad else "faint"}">{bad:,}</span>'
-                + (f"<br><small>{_esc(', '.join(kinds))}</small>" if kinds else ""),
+                + (f"<br><small>{escape(', '.join(kinds))}</small>" if kinds else ""),
                 _count(s.truncated), _count(s.duplicates + s.elsewhere), f"{s.drawn:,}",
                 f"{s.text.p50:,} / {s.text.p99:,}", _spark(s.text)]
   head = ("source", "samples", "usable", "pictures", "problems", "cut off", "same id", "an epoch",
@@ -128,13 +115,13 @@ def _problems(report: Report) -> str:
     levels = {f.level for f in report.examples[kind]}
     tone = "warn" if levels == {"warning"} else "bad"
     examples = "".join(
-        f"<li><code>{_esc(_short(f.file, 200))} #{f.index}</code> <span class=faint>id "
-        f"{_esc(_short(f.id, 100))}</span><br>{_esc(_short(f.message))}</li>"
+        f"<li><code>{escape(_short(f.file, 200))} #{f.index}</code> <span class=faint>id "
+        f"{escape(_short(f.id, 100))}</span><br>{escape(_short(f.message))}</li>"
         for f in report.examples[kind])
     more = count - len(report.examples[kind])
     cards.append(
-        f'<div class="card {tone}"><h3>{count:,} × {_esc(title)} <code>{_esc(kind)}</code></h3>'
-        f"<p>{_esc(advice)}</p><ul>{examples}</ul>"
+        f'<div class="card {tone}"><h3>{count:,} × {escape(title)} <code>{escape(kind)}</code></h3>'
+        f"<p>{escape(advice)}</p><ul>{examples}</ul>"
         + (f"<p class=faint>and {more:,} more</p>" if more > 0 else "") + "</div>")
   where = f"<p class=faint>All of them, one a line: <code>{LINES}</code></p>"
   return _section("Problems", where, "<div class=cards>", *cards, "</div>")
@@ -217,7 +204,7 @@ def _rows(report: Report, rows: Rows) -> str:
         " <mark>yours</mark>" if o.configured else "")
     return ("best" if o.best else "yours" if o.configured else ""), [
         f"{o.batching}{marks}", f"{o.row_length:,}" + (
-            f"<br><small>{_esc(', '.join(map(str, o.buckets)))}</small>" if o.buckets else ""),
+            f"<br><small>{escape(', '.join(map(str, o.buckets)))}</small>" if o.buckets else ""),
         str(o.images_per_row), f"{o.batch_size:,}", f"{o.samples_per_row:.2f}",
         f"{_share(o.padding)}{_bar(o.padding)}", _share(o.empty_slots), f"{o.work:.2f}"]
   head = ("batching", "row_length", "images_per_row", "batch_size", "samples a row", "padding",
@@ -225,7 +212,7 @@ def _rows(report: Report, rows: Rows) -> str:
   best = next(o for o in rows.options if o.best)
   advice = ("<p>Yours is as good as any of these.</p>" if best.configured else
             f"<p>An epoch with the best of these is {_share(1 - best.work)} less work than with "
-            f"yours{f':</p><pre>{_esc(flags_of(best))}</pre>' if not many else '.</p>'}")
+            f"yours{f':</p><pre>{escape(flags_of(best))}</pre>' if not many else '.</p>'}")
   foot = (f"<p class=faint>Tried on {rows.tried:,} of the samples.  work: of the decoder on all "
           "positions, longer rows cost more attention; and for each place of a picture, filled or "
           "not, an eighth of what its positions cost; yours is 1.  best: of those within 1 % of "
@@ -251,7 +238,7 @@ def _bar(share: float) -> str:
 
 
 def _settings(report: Report) -> str:
-  told = "".join(f"<dt>{_esc(name.replace('_', ' '))}</dt><dd>{_esc(value)}</dd>"
+  told = "".join(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(value)}</dd>"
                  for name, value in report.settings.items())
   return _section("Settings", f"<dl>{told}</dl>")
 
@@ -262,7 +249,7 @@ def text(report: Report) -> str:
   table = [("source", "samples", "usable", "pictures", "problems", "cut off", "same id",
             "text p50", "p99")]
   for s in report.sources:
-    table.append((_short(_clean(s.name), 40).replace("\n", " "), f"{s.samples:,}", f"{s.usable:,}",
+    table.append((_short(clean(s.name), 40).replace("\n", " "), f"{s.samples:,}", f"{s.usable:,}",
                   f"{s.images:,}", f"{sum(s.problems.values()) + sum(s.late.values()):,}",
                   f"{s.truncated:,}", f"{s.duplicates + s.elsewhere:,}", f"{s.text.p50:,}",
                   f"{s.text.p99:,}"))
@@ -283,51 +270,24 @@ def text(report: Report) -> str:
               f"{_share(o.padding):>8} {_share(o.empty_slots):>7} {o.work:5.2f}"
               f"{'  best' if o.best else ''}{'  yours' if o.configured else ''}"
               for o in rows.options]
-  lines += ["", *(_clean(f"note: {note}") for note in report.notes)] if report.notes else []
+  lines += ["", *(clean(f"note: {note}") for note in report.notes)] if report.notes else []
   v = report.verdict
-  lines += ["", f"{'OK' if v.ok else 'NOT OK'}: {_clean(v.headline)}."]
-  lines += [_clean(v.details)] if v.details else []
+  lines += ["", f"{'OK' if v.ok else 'NOT OK'}: {clean(v.headline)}."]
+  lines += [clean(v.details)] if v.details else []
   return "\n".join(lines)
 
 
 _CSS = """
-:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--ink:#1b2330;--faint:#667085;--line:#e3e7ed;
---accent:#3b6fd4;--soft:#e9effb;--good:#16794c;--goodbg:#e7f6ee;--bad:#b3261e;--badbg:#fdeceb;
---warn:#9a6700}
-@media(prefers-color-scheme:dark){:root{--bg:#10141b;--card:#181e28;--ink:#e6eaf0;--faint:#93a0b4;
---line:#2a3342;--accent:#7aa5f7;--soft:#202b40;--good:#5fd39b;--goodbg:#12291f;--bad:#ff8f86;
---badbg:#321a1a;--warn:#e3b341}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,
-"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
-header .over{margin:0;color:var(--faint);text-transform:uppercase;letter-spacing:.08em;
-font-size:12px}
-h1{margin:2px 0 20px;font-size:20px;font-weight:600;overflow-wrap:anywhere}
-h2{margin:0 0 12px;font-size:18px}h3{margin:22px 0 6px;font-size:15px}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px 22px;
-margin:16px 0}
 .verdict{border-left:6px solid}.verdict h2{margin:0;font-size:21px}.verdict p{margin:8px 0 0}
 .verdict.good{border-left-color:var(--good);background:var(--goodbg)}
 .verdict.good h2{color:var(--good)}
 .verdict.bad{border-left-color:var(--bad);background:var(--badbg)}.verdict.bad h2{color:var(--bad)}
-pre{margin:12px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.5 ui-monospace,
-SFMono-Regular,Menlo,Consolas,monospace}
-section pre{background:var(--soft);padding:10px 12px;border-radius:8px}
-code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:12px;margin:16px 0}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 18px}
 .tiles b{display:block;font-size:24px;font-weight:650;font-variant-numeric:tabular-nums}
-.tiles span,.faint,small{color:var(--faint)}
-small{font-size:12px;overflow-wrap:anywhere}
+.tiles span{color:var(--faint)}
 .notes{margin:16px 0;padding-left:22px;color:var(--faint)}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:8px 10px;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-size:12px;font-weight:600;color:var(--faint);white-space:nowrap}
-tbody tr:last-child td{border-bottom:0}
 td.l:first-child{min-width:170px}td small{display:inline-block;max-width:260px}
-.l{text-align:left}td.l b{font-weight:600;overflow-wrap:anywhere}
 .badtext{color:var(--bad);font-weight:600}
 tr.best td{background:var(--goodbg)}tr.yours td{background:var(--soft)}
 mark{background:var(--line);color:var(--ink);border-radius:99px;padding:1px 8px;font-size:12px}
@@ -354,5 +314,4 @@ stroke:currentColor;stroke-width:3;stroke-linecap:round;stroke-linejoin:round}
 background:var(--warn)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px;margin:0}
 dt{color:var(--faint)}dd{margin:0;overflow-wrap:anywhere}
-@media print{section{break-inside:avoid}}
 """

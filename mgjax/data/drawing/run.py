@@ -24,12 +24,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from mgjax.config import ConfigError, at_least
-from mgjax.data.drawing.client import Endpoint, EndpointConfig, EndpointError, Refused
 from mgjax.data.drawing.inputs import read_examples, read_inputs
-from mgjax.data.drawing.pacing import Clock, Stopped
 from mgjax.data.drawing.texts import EXAMPLES, Job, Reply, make_record, messages_for, read_reply
 from mgjax.data.journal import Journal, JournalError, sole_user, write_whole
 from mgjax.data.samples import DataError
+from mgjax.endpoint.client import Endpoint, EndpointConfig, EndpointError, Refused
+from mgjax.endpoint.pacing import Clock, Stopped
 
 RECORDS = "generation.json"
 _REFUSALS = 20         # in a row, and with no answer before: it is not the texts
@@ -109,6 +109,8 @@ def make_prompts(config: PromptsConfig, endpoint: EndpointConfig, *, clock: Cloc
            f"{len(todo):,} to ask, {len(problems):,} unusable")
     why = ""
     if todo:
+      endpoint = dataclasses.replace(
+          endpoint, body={"response_format": {"type": "json_object"}} | dict(endpoint.body))
       run = _Run(config, examples, Endpoint(endpoint, folder / "state.json", clock), replies,
                  failures, report, len(todo))
       why = asyncio.run(run.all(todo))

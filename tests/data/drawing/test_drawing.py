@@ -19,14 +19,14 @@ from stub_endpoint import KEY, PROMPT, REPLY, Stub, completion, error
 
 from mgjax.config import ConfigError
 from mgjax.data.conversation import TEMPLATES, render
-from mgjax.data.drawing.client import EndpointConfig, EndpointError, retry_after
 from mgjax.data.drawing.inputs import read_inputs
-from mgjax.data.drawing.pacing import Clock, Ledger, Limiter
 from mgjax.data.drawing.run import PromptsConfig, make_prompts
 from mgjax.data.drawing.texts import EXAMPLES, IN_CONTEXT, RECAPTION, Job, messages_for, read_reply
 from mgjax.data.journal import Journal, JournalError, sole_user, write_whole
 from mgjax.data.samples import DataError, check_structure
 from mgjax.data.sources import load_samples
+from mgjax.endpoint.client import EndpointConfig, EndpointError, retry_after
+from mgjax.endpoint.pacing import Clock, Ledger, Limiter
 
 REPO = pathlib.Path(__file__).parents[3]
 

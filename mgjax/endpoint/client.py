@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint that is asked many things: paced, retried, its cost counted."""
+"""One endpoint: a request, its retries, its errors in a line."""
 from __future__ import annotations
 
 import asyncio
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgjax.config import ConfigError, at_least
-from mgjax.data.drawing.pacing import MINUTE, Clock, Ledger, Limiter, Sent, Stopped
+from mgjax.endpoint.pacing import MINUTE, Clock, Ledger, Limiter, Sent, Stopped
 
 LONGEST_WAIT = 3600.0  # seconds; a server that asks for more is not waited for
 _TRANSIENT = (408, 409, 425, 429)  # and all from 500
@@ -130,8 +130,11 @@ class Endpoint:
   async def __aexit__(self, *_) -> None:
     await self._client.close()
 
-  async def ask(self, messages: Messages, seed: int) -> Answer:
+  async def ask(self, messages: Messages, seed: int,
+                temperature: float | None = None) -> Answer:
     """One answer.  What may pass is tried again: 429, 5xx, timeouts, lost connections.
+
+    temperature: that of the config if None.
 
     Raises Refused for this request only; EndpointError where going on is useless; Stopped once
     `closed`, or before the budget is exceeded.
@@ -140,7 +143,7 @@ class Endpoint:
       if self.closed:
         raise Stopped("stopped")
       try:
-        return await self._call(messages, seed)
+        return await self._call(messages, seed, temperature)
       except _Trouble as error:
         trouble = error
       if attempt + 1 < self.config.tries and not self.closed:
@@ -151,9 +154,9 @@ class Endpoint:
     raise EndpointError(f"{self._url} failed {self.config.tries} times in a row: {trouble}; run "
                         "the same command again later, what is done is kept")
 
-  async def _call(self, messages: Messages, seed: int) -> Answer:
-    body = {"temperature": self.config.temperature, "seed": seed,
-            "max_tokens": self.config.max_tokens, "response_format": {"type": "json_object"}}
+  async def _call(self, messages: Messages, seed: int, temperature: float | None) -> Answer:
+    body = {"temperature": self.config.temperature if temperature is None else temperature,
+            "seed": seed, "max_tokens": self.config.max_tokens}
     body = {k: v for k, v in {**body, **self.config.body}.items() if v is not None}
     # A token is at least a byte; each message has a frame.
     bound = sum(len(m["content"].encode()) + 16 for m in messages) + 16, self.config.longest_answer

@@ -1,0 +1,1 @@
+"""The benchmarks, one file each: prompt, parse, score, official files."""
