@@ -1,67 +1,69 @@
-"""A checkpoint's answers to the questions of a LLaVA JSON file."""
+"""A model's answers to many questions, a stream that keeps every row of its cache busy."""
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-from jax.sharding import Mesh
-
-from mgjax.checkpoint import load_model
-from mgjax.data.conversation import HUMAN, drop_leading_reply, get_template
-from mgjax.data.images import ImageError, load_image, resolve_image
-from mgjax.data.samples import DataError, Problem, Sample, prepare_turns
-from mgjax.data.tokenize import encode_prompt
-from mgjax.data.tokenizer import load_tokenizer
-from mgjax.infer.engine import Engine, Prompt
+from mgjax.data.conversation import HUMAN
+from mgjax.data.images import ImageError
+from mgjax.evaluate.benchmark import EvaluationError, Question
+from mgjax.infer.assistant import Assistant
+from mgjax.infer.engine import Answer
 from mgjax.infer.sampling import Sampling
-from mgjax.infer.text import end_ids, finished_text
-from mgjax.sharding import mesh_context
+from mgjax.infer.text import finished_text
+
+THREADS = 8  # that decode pictures
 
 
-def answer_first_questions(checkpoint: str | Path, samples: Sequence[Sample],
-                           image_root: str | Path, mesh: Mesh, *, max_new_tokens: int = 32,
-                           rows: int = 32, dtype="float32") -> list[str]:
-  """What the model says to the first question of each sample, greedily.
+def answers(assistant: Assistant, questions: Iterable[Question], *,
+            max_new_tokens: int) -> Iterator[tuple[Question, str]]:
+  """Each question with the model's greedy answer, in the order in which they are finished.
 
-  samples: records of `data.sources.load_samples`; only their first question is read.
-  rows: questions answered at a time.
-  Raises DataError naming the samples that cannot be asked, before any is.
+  As many as the engine has rows grow at once, and pictures are decoded ahead of them.  An answer
+  may be cut short where the prompt leaves less room than `max_new_tokens`.
+  Raises EvaluationError naming the question that cannot be asked; answers given before stand.
   """
-  with mesh_context(mesh):
-    loaded = load_model(checkpoint, mesh, dtype=dtype)
-  tokenizer, template = load_tokenizer(loaded.tokenizer_dir), get_template(loaded.template)
-  engine = Engine(loaded.model, mesh=mesh, max_length=loaded.max_length, rows=rows)
-  ends = end_ids(tokenizer, template, loaded.stop_ids)
-  sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=ends)
-  texts, files, problems = [], [], []
-  for sample in samples:
+  engine, rest = assistant.engine, iter(questions)
+  growing: list[tuple[Question, Answer]] = []
+  loading: collections.deque[tuple[Question, Future | None]] = collections.deque()
+  with ThreadPoolExecutor(THREADS) as pool:
     try:
-      text = first_question(sample, tokenizer, template, loaded.config.visual_tokens)
-      engine.check_length(len(text.tokens), sampling)
-      texts.append(text)
-      files.append([resolve_image(image_root, image) for image in sample.images])
-    except (ValueError, ImageError) as error:
-      problems.append(Problem("question", str(image_root), sample.index, sample.id, str(error)))
-  if problems:
-    raise DataError.of(problems, len(samples), "Repair or remove them.")
-  answers = []
-  for at in range(0, len(texts), rows):
-    prompts = []
-    for text, paths in zip(texts[at:at + rows], files[at:at + rows]):
-      pixels = [load_image(path, loaded.config.hr_size, loaded.aspect) for path in paths]
-      images = engine.encode_images(np.stack(pixels)) if pixels else ()
-      prompts.append(Prompt(text.tokens, text.visual_index, images))
-    answers += [finished_text(tokenizer, template, ids, ends)
-                for ids in engine.generate_batch(prompts, sampling)]
-  return answers
+      while True:
+        for question in itertools.islice(rest, 2 * engine.rows + THREADS - len(loading)):
+          loading.append((question, None if question.image is None else
+                          pool.submit(assistant.pixels, question.image)))
+        while loading and len(growing) < 2 * engine.rows:
+          question, pixels = loading.popleft()
+          growing.append((question, _submit(assistant, question, pixels, max_new_tokens)))
+        if not growing:
+          return
+        engine.step()
+        for question, answer in [pair for pair in growing if pair[1].ended]:
+          text = finished_text(assistant.tokenizer, assistant.template, answer.tokens,
+                               assistant.ends)
+          yield question, text.strip()
+        growing = [pair for pair in growing if not pair[1].ended]
+    finally:
+      for _, answer in growing:
+        engine.cancel(answer)
+      for _, pixels in loading:
+        if pixels is not None:
+          pixels.cancel()
 
 
-def first_question(sample: Sample, tokenizer, template, tokens_per_image: int):
-  """The prompt that asks a sample's first question.  Raises ValueError if it has none."""
-  turns = drop_leading_reply(sample.turns)[:1]
-  if not turns or turns[0][0] != HUMAN:
-    raise ValueError(f"no question of {HUMAN!r} in it")
-  turns = prepare_turns(dataclasses.replace(sample, turns=tuple(turns)))
-  return encode_prompt(tokenizer, template, turns, len(sample.images), tokens_per_image)
+def _submit(assistant: Assistant, question: Question, pixels: Future | None,
+            max_new_tokens: int) -> Answer:
+  engine = assistant.engine
+  try:
+    assistant.check_text(question.text)
+    images = [] if pixels is None else [assistant.see(pixels.result())]
+    prompt = assistant.prompt([(HUMAN, question.text)], images)
+    if (room := engine.room(prompt)) < 1:
+      raise ValueError(f"its {len(prompt)} tokens leave no room for an answer in max_length "
+                       f"{engine.max_length}; --max-length gives more")
+    return engine.submit(prompt, Sampling(max_new_tokens=min(max_new_tokens, room),
+                                          stop_ids=assistant.ends))
+  except (ValueError, ImageError) as error:
+    raise EvaluationError(f"question {question.key}: {error}") from error

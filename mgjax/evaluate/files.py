@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from mgjax.evaluate.benchmark import Answered, EvaluationError, Question
 
@@ -12,12 +13,16 @@ LLAVA_EVAL = ("eval.zip of LLaVA (docs/Evaluation.md of haotian-liu/LLaVA), whos
               "the data folder")
 
 
-def read_json(path: pathlib.Path):
-  """EvaluationError naming the file, and the place where it is broken."""
+def read_json(path: pathlib.Path, kind: type = object):
+  """EvaluationError naming the file, and the place where it is broken, or if it is not a `kind`."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise EvaluationError(f"{path}: not JSON that can be read ({error}); fetch it again") from error
+  if not isinstance(value, kind):
+    raise EvaluationError(f"{path}: it holds a {type(value).__name__}, expected a {kind.__name__}; "
+                          "is it another file?")
+  return value
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
@@ -55,9 +60,10 @@ def write_json(path: pathlib.Path, value, indent: int | None = 2) -> pathlib.Pat
 
 def field(record: Mapping, name: str, path: pathlib.Path):
   """A field of a record; EvaluationError if it has none of that name."""
-  if name not in record:
-    raise EvaluationError(f"{path}: a record has {', '.join(map(str, record))}, expected "
-                          f"{name!r} among them; is it another split, or another version?")
+  if not isinstance(record, Mapping) or name not in record:
+    has = ", ".join(map(str, record)) if isinstance(record, Mapping) else repr(record)
+    raise EvaluationError(f"{path}: a record has {has[:500]}, expected {name!r} among them; is it "
+                          "another split, or another version?")
   return record[name]
 
 
@@ -68,6 +74,31 @@ def llava_questions(path: pathlib.Path, images: pathlib.Path) -> list[Question]:
                    images / str(field(record, "image", path)),
                    {**record, "question_id": field(record, "question_id", path)})
           for n, record in enumerate(read_lines(path))]
+
+
+def by_id(questions: Iterable[Question], path: pathlib.Path) -> dict:
+  """Questions by their `question_id`; EvaluationError if two have the same, for then the official
+  scorer knows one answer only."""
+  found = {}
+  for question in questions:
+    name = question.record["question_id"]
+    if found.setdefault(name, question) is not question:
+      raise EvaluationError(f"{path}: question {name!r} is there twice; fetch it again")
+  return found
+
+
+def check_same(asked: Collection, asked_in: pathlib.Path, known: Collection,
+               known_in: pathlib.Path, expected: str) -> None:
+  """EvaluationError unless the questions that are asked are those whose answers are known.
+
+  expected: what both files must be.
+  """
+  for these, here, others, there in ((asked, asked_in, known, known_in),
+                                     (known, known_in, asked, asked_in)):
+    others = set(others)
+    if lost := [name for name in these if name not in others]:
+      raise EvaluationError(f"{there}: {len(lost):,} of {len(these):,} questions of {here} are not "
+                            f"there, first {lost[0]!r}; both must be {expected}")
 
 
 def llava_answers(answered: Sequence[Answered], model: str) -> list[dict]:
@@ -84,6 +115,15 @@ def answer_id(answered: Answered, model: str) -> str:
 
 
 def percent(marks: Iterable[float]) -> float:
-  """The mean in percent; 0 of nothing."""
+  """The mean in percent, to the last bit as the official scorers have it; 0 of nothing."""
   marks = list(marks)
-  return 100 * sum(marks) / len(marks) if marks else 0.0
+  return sum(marks) / len(marks) * 100 if marks else 0.0
+
+
+def extra(module: str):
+  """A module of a package that only some benchmarks need; EvaluationError if it is missing."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise EvaluationError(f"the package {module.split('.')[0]} is needed and not installed: "
+                          "pip install -e '.[evaluate]'") from error

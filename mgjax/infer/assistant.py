@@ -143,8 +143,9 @@ class Assistant:
 
 def load(checkpoint: str | os.PathLike, *, template: str | None = None,
          max_length: int | None = None, rows: int = 1, step: int | None = None,
-         quantize: str | None = None, cache_dtype: str | None = None) -> Assistant:
-  """A trained model, on all devices.
+         quantize: str | None = None, cache_dtype: str | None = None,
+         devices: Sequence[jax.Device] | None = None) -> Assistant:
+  """A trained model.
 
   Args:
     checkpoint: folder of a run, or of one of its steps.
@@ -153,6 +154,7 @@ def load(checkpoint: str | os.PathLike, *, template: str | None = None,
     step: which saved step of the run; the newest if None.
     quantize: "int8" or "int4" for weights in fewer bytes, see `infer.quantize`.
     cache_dtype: "int8" for keys and values in fewer bytes; else that of the model, if None.
+    devices: where it lies; all there are if None.
 
   Raises FileNotFoundError, CheckpointError or ValueError, naming the folder.
   """
@@ -166,8 +168,9 @@ def load(checkpoint: str | os.PathLike, *, template: str | None = None,
     checkpoint = checkpoint / STEPS / str(step)
   # A row lies on as many devices as can share the heads; only what is left shares the rows.
   decoder = read_run(checkpoint)[1]["model"]["decoder"]
-  ways = math.gcd(decoder["heads"], decoder["kv_heads"], jax.device_count())
-  mesh = make_mesh({"tensor": ways, "fsdp": -1})
+  devices = jax.devices() if devices is None else devices
+  ways = math.gcd(decoder["heads"], decoder["kv_heads"], len(devices))
+  mesh = make_mesh({"tensor": ways, "fsdp": -1}, devices)
   with mesh_context(mesh):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     loaded = (load_quantized(checkpoint, mesh, dtype=dtype, name=quantize) if quantize else
