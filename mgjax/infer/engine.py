@@ -156,6 +156,11 @@ class Engine:
     return tuple(sorted({self.config.hr_size // self.config.grid, self.config.hr_size}))
 
   @property
+  def pictures_together(self) -> int:
+    """As many pictures take no longer to encode than one: they are shared by the devices."""
+    return self.programs.together
+
+  @property
   def is_aside(self) -> bool:
     """Whether weights and cache are not on the devices; see `set_aside`."""
     return self.programs.is_aside

@@ -19,13 +19,14 @@ from mgjax.evaluate.files import (
 
 QUESTIONS, ANNOTATIONS = "llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"
 HINT = "Reference OCR token:"  # the line that says which words an OCR system has read
+_OLDER = "OCR tokens: "         # how prompts of one line begin
 
 
 def read(folder: pathlib.Path, hints: bool) -> list[Question]:
   """The questions with their ten answers; without `hints` the line of OCR tokens is left out."""
   path = folder / ANNOTATIONS
   truths = {(field(a, "image_id", path), field(a, "question", path).lower()):
-            field(a, "answers", path) for a in field(read_json(path), "data", path)}
+            field(a, "answers", path) for a in field(read_json(path, dict), "data", path)}
   questions, lost = [], []
   for asked in llava_questions(folder / QUESTIONS, folder / "train_images"):
     words = bare_question(asked.text)
@@ -33,6 +34,13 @@ def read(folder: pathlib.Path, hints: bool) -> list[Question]:
     if answers is None:
       lost.append(f"{asked.record['question_id']}: {words!r}")
       continue
+    if len(answers) != 10:
+      raise EvaluationError(f"{path}: {len(answers)} answers to {words!r}, expected 10; fetch it "
+                            "again")
+    if not hints and asked.text.startswith(_OLDER):
+      raise EvaluationError(f"{folder / QUESTIONS}: the OCR tokens of {asked.text!r} are not on a "
+                            f"line of their own; only a file where {HINT!r} begins it can be asked "
+                            "without them")
     text = asked.text if hints else "\n".join(
         line for line in asked.text.split("\n") if not line.startswith(HINT))
     questions.append(Question(asked.key, text, asked.image, asked.record | {"answers": answers}))
@@ -45,7 +53,7 @@ def read(folder: pathlib.Path, hints: bool) -> list[Question]:
 def bare_question(prompt: str) -> str:
   """The question in one of the prompts that LLaVA's file can have.  EvaluationError if in none."""
   lines = prompt.split("\n")
-  if prompt.startswith("OCR tokens: ") and (
+  if prompt.startswith(_OLDER) and (
       found := re.search("Question: (.*?) Short answer:", prompt, re.DOTALL)):
     return found[1]
   if f"{HINT} " in prompt and len(lines) == 3:
