@@ -21,14 +21,12 @@ class Question:
   text: what is asked, the image tag left out; the picture goes in front.
   image: the picture's file, or its bytes; None: none is shown.
   record: what scoring and answer files need of the official record.
-  fixed: the answer that the benchmark's rules give without asking the model, if they do.
   """
 
   key: str
   text: str
   image: pathlib.Path | bytes | None = None
   record: Mapping = dataclasses.field(default_factory=dict)
-  fixed: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

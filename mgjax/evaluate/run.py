@@ -79,8 +79,7 @@ def ask(benchmark: Benchmark, questions: Sequence[Question], output: pathlib.Pat
   with sole_user(own), contextlib.closing(Journal(own / "answers.jsonl")) as journal:
     check_same(output / "asked.json", asked)
     done = _answers_in(output)
-    mine = [q for q in questions[host.index::host.count]
-            if q.key not in done and q.fixed is None]
+    mine = [q for q in questions[host.index::host.count] if q.key not in done]
     if mine:
       stream = answers(load(), mine, max_new_tokens=benchmark.max_new_tokens)
       for question, text in progress(stream, len(mine)):
@@ -99,7 +98,7 @@ def collect(benchmark: Benchmark, questions: Sequence[Question], output: pathlib
   wait_for_hosts(f"evaluated {benchmark.name}", _WAIT)
   if host.index:
     return None
-  texts = _answers_in(output) | {q.key: q.fixed for q in questions if q.fixed is not None}
+  texts = _answers_in(output)
   if missing := [q.key for q in questions if q.key not in texts]:
     raise EvaluationError(f"{output}: {len(missing):,} of {len(questions):,} questions have no "
                           f"answer, first {missing[0]}; all hosts must write to one folder "

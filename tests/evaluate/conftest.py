@@ -2,13 +2,11 @@
 import importlib.util
 import json
 import pathlib
-import sys
 
 import pytest
 from PIL import Image
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
-sys.path.append(str(REPO / "tests" / "serve"))
 
 
 @pytest.fixture(scope="session")

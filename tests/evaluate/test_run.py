@@ -91,7 +91,8 @@ def test_hosts_share_the_questions(assistant, textvqa, tmp_path):
     run.collect(benchmark, questions, where("many"), "m", report=str)
   for n in (1, 0):
     run.ask(benchmark, questions, where("many"), asked, lambda: assistant, run.Host(n, 2))
-  one, many = (run.collect(benchmark, questions, where(n), "m", report=str) for n in ("one", "many"))
+  one, many = (run.collect(benchmark, questions, where(name), "m", report=str)
+               for name in ("one", "many"))
   assert one == many and run.collect(benchmark, questions, where("many"), "m", None,
                                      run.Host(1, 2)) is None
   assert files(where("one")) == files(where("many"))

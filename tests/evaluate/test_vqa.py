@@ -3,6 +3,7 @@ import json
 import pathlib
 
 import pytest
+from official_files import LETTER, LLAVA, WORD, lay, lines
 
 from mgjax.evaluate.benchmark import Answered, EvaluationError, Question
 from mgjax.evaluate.benchmarks import BENCHMARKS, gqa, pope, scienceqa
@@ -10,8 +11,6 @@ from mgjax.evaluate.benchmarks.textvqa import bare_question
 from mgjax.evaluate.evalai import normalise
 
 OFFICIAL = pathlib.Path(__file__).parent / "official"
-WORD = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 # Figure for figure as the official scorers (official_vqa.py has made the files)
@@ -25,13 +24,6 @@ def official(request, tmp_path_factory):
   questions = BENCHMARKS[request.param].read(folder)
   answered = [Answered(q, text) for q, text in zip(questions, stored["answers"], strict=True)]
   return request.param, stored, answered, BENCHMARKS[request.param].score(answered)
-
-
-def lay(folder, files):
-  for name, value in files.items():
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-  return folder
 
 
 def test_marks(official):
@@ -130,76 +122,8 @@ def test_normalise(said, expected):
 # What is asked, from small files in the official form
 
 
-def lines(*records):
-  return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def textvqa_files():
-  hint = "Reference OCR token: STOP, 4"
-  asked = [("ab", f"What is it?\n{hint}{WORD}"), ("ab", f"{hint}\nWhich sign?{WORD}"),
-           ("cd", f"What is it?{WORD}")]
-  return {"llava_textvqa_val_v051_ocr.jsonl": lines(*(
-      {"question_id": i, "image": f"{i}.jpg", "text": t, "category": "default"} for i, t in asked)),
-          "TextVQA_0.5.1_val.json": {"data": [
-              {"image_id": i, "question": q, "answers": ["stop"] * 10} for i, q in (
-                  ("ab", "What is IT?"), ("ab", "which sign?"), ("cd", "What is it?"))]}}
-
-
-def pope_files():
-  asked = [(1, "a.jpg", "popular"), (2, "b.jpg", "random"), (3, "c.jpg", "popular"),
-           (4, "a.jpg", "adversarial")]
-  label = lambda image, label: {"question_id": 9, "image": image, "text": "?", "label": label}
-  return {"llava_pope_test.jsonl": lines(*(
-      {"question_id": n, "image": image, "text": f"Is there a dog in the image?{WORD}",
-       "category": category} for n, image, category in asked)),
-          "coco/coco_pope_popular.json": lines(label("a.jpg", "yes"), label("c.jpg", "no")),
-          "coco/coco_pope_random.json": lines(label("b.jpg", "yes")),
-          "coco/coco_pope_adversarial.json": lines(label("a.jpg", "yes"))}
-
-
-def gqa_files():
-  known = lambda balanced: {
-      "question": "Is it  red?", "answer": "yes", "isBalanced": balanced,
-      "semantic": [{"operation": "select", "argument": "car (1)"},
-                   {"operation": "choose name", "argument": "x"},
-                   {"operation": "exist", "argument": "?"}],
-      "groups": {"global": None}, "types": {"structural": "verify", "semantic": "attr"}}
-  return {"llava_gqa_testdev_balanced.jsonl": lines({
-      "question_id": "2011", "image": "n7.jpg", "text": f"Is it red?{WORD}",
-      "category": "default"}),
-          "data/testdev_balanced_questions.json": {"2011": known(True), "2012": known(False)}}
-
-
-def scienceqa_files():
-  problem = {"choices": ["a cat", "a cow"], "answer": 1, "subject": "natural science", "hint": "",
-             "grade": "grade7", "image": None}
-  turns = lambda text: [{"from": "human", "value": text}, {"from": "gpt", "value": "B"}]
-  return {"llava_test_CQM-A.json": [
-      {"id": "4", "conversations": turns("Which?\nA. a cat\nB. a cow")},
-      {"id": "5", "image": "5/image.png",
-       "conversations": turns("<image>\nContext: Look.\nWhich?\nA. a cat\nB. a cow")}],
-          "pid_splits.json": {"test": ["4", "5"], "val": ["6"]},
-          "problems.json": {"4": problem, "6": problem,
-                            "5": problem | {"hint": "Look.", "image": "image.png"}}}
-
-
-def seed_files():
-  text = f"What?\nA. x\nB. y\nC. z\nD. w{LETTER}"
-  return {"llava-seed-bench.jsonl": lines(
-      {"image": "SEED-Bench-image/1_2", "text": text, "category": "Scene", "question_id": 101},
-      {"image": "SEED-Bench-video-image/10_v5.png", "text": text, "category": "Action",
-       "question_id": "v5"}),
-          "SEED-Bench.json": {"question_type": {"Scene": 1, "Action": 10}, "questions": [
-              {"answer": "B", "data_type": "video", "question_id": "v5", "question_type_id": 10},
-              {"answer": "A", "data_type": "image", "question_id": "101", "question_type_id": 1}]}}
-
-
-FILES = {"textvqa": textvqa_files, "pope": pope_files, "gqa": gqa_files,
-         "scienceqa": scienceqa_files, "seed": seed_files}
-
-
 def read(name, folder, files=None):
-  return BENCHMARKS[name].read(lay(folder, files or FILES[name.split("-")[0]]()))
+  return BENCHMARKS[name].read(lay(folder, files or LLAVA[name.split("-")[0]]()))
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -222,7 +146,7 @@ def test_questions(tmp_path, name, expected):
   assert [(q.text, q.image and str(q.image.relative_to(tmp_path))) for q in questions] == expected
   assert len({q.key for q in questions}) == len(questions)
   assert BENCHMARKS[name].max_new_tokens == (1024 if name == "scienceqa" else 128)
-  given = [*FILES[name.split("-")[0]](), *{f"{path}".rsplit("/", 2 if "test/" in path else 1)[0]
+  given = [*LLAVA[name.split("-")[0]](), *{f"{path}".rsplit("/", 2 if "test/" in path else 1)[0]
                                            for _, path in expected if path}]
   assert set(BENCHMARKS[name].files) == set(given)  # all that is opened
 
@@ -239,7 +163,7 @@ def test_the_right_answers_are_right(tmp_path):
 
 
 def test_a_repeated_id_of_seed_has_the_last_answer(tmp_path):
-  files = seed_files()
+  files = LLAVA["seed"]()
   files["llava-seed-bench.jsonl"] += files["llava-seed-bench.jsonl"].splitlines()[0] + "\n"
   files["SEED-Bench.json"]["questions"].append(
       files["SEED-Bench.json"]["questions"][1] | {"answer": "C"})
@@ -281,7 +205,7 @@ def test_gqa_classes(tmp_path):
 
 def _edit(name, file, change):
   def files():
-    made = FILES[name]()
+    made = LLAVA[name]()
     made[file] = change(made[file])
     return made
   return name, files
