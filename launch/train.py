@@ -34,6 +34,7 @@ def main(argv):
   from mgjax.command import last_line
   from mgjax.config import ConfigError
   from mgjax.data.samples import DataError
+  from mgjax.evaluate.benchmark import EvaluationError
   from mgjax.train.config import run_config
   from mgjax.train.hosts import joined
   from mgjax.train.loop import TrainingError, train
@@ -45,7 +46,7 @@ def main(argv):
     values = _CONFIG.value.to_dict()
   except OSError as e:  # a config file that is not there is told of when it is first used
     sys.exit(f"error: --config: {last_line(e)}")
-  mistakes = (ConfigError, DataError, CheckpointError, TrainingError, OSError)
+  mistakes = (ConfigError, DataError, CheckpointError, EvaluationError, TrainingError, OSError)
   try:
     run = None if "runs" in values else run_config(values)
     with joined(coordinator=_COORDINATOR.value, hosts=_HOSTS.value, host=_HOST.value,

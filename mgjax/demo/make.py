@@ -132,7 +132,8 @@ def stream(world: World, name: str, index: int):
 
 
 def crops(world: World, folder: str, n: int) -> list[dict]:
-  """Single cells, one in ten without a sign; signs are as large as in the scenes, or larger."""
+  """Single cells, one in ten without a sign; signs are about as large as in the scenes, or larger
+  (`World.nearness`)."""
   os.makedirs(os.path.join(folder, "crops"), exist_ok=True)
   pairs = all_pairs(world)
 
@@ -141,7 +142,7 @@ def crops(world: World, folder: str, n: int) -> list[dict]:
     pair = None if rng.random() < 0.1 else pairs[rng.integers(len(pairs))]
     name = f"crops/{i:06d}.jpg"
     # Seen from nearer, too: large characters are learnt at once, and lead on to the small ones.
-    nearness = rng.uniform(0.9, 1.35)
+    nearness = rng.uniform(*world.nearness)
     save_image(folder, name, render_crop(world, pair, TRAIN_PHOTOS, rng, nearness))
     text = " ".join(pair) if pair else NOTHING
     return {"id": f"crop-{i:06d}", "image": name, "conversations": turns(IMAGE, text)}

@@ -65,6 +65,7 @@ class World:
   lr: int = 56
   max_signs: int = 4
   held_out: float = 0.12  # share of texts (what a scene's signs say together) not in training
+  nearness: tuple[float, float] = (0.9, 1.35)  # of the signs of crops: 1 = as large as in scenes
   seed: int = 0
 
   def __post_init__(self):
@@ -93,6 +94,9 @@ class World:
       raise ValueError(f"noise: {self.noise}, expected 0..64 of 255")
     if not 0 <= self.held_out <= 0.3:
       raise ValueError(f"held_out: {self.held_out}, expected a share in 0..0.3")
+    near, nearest = self.nearness
+    if not 0.25 <= near <= nearest <= 2:
+      raise ValueError(f"nearness: {self.nearness}, expected two rising numbers in 0.25..2")
 
   @property
   def cell(self) -> int:

@@ -247,6 +247,7 @@ class TestTokenizer:
     ({"glyph": 20}, "glyph: 20"),
     ({"noise": -1}, "noise: -1"),
     ({"held_out": 0.9}, "held_out: 0.9"),
+    ({"nearness": (1, 0.5)}, "nearness: .*two rising numbers"),
   ],
 )
 def test_a_world_that_cannot_be_is_refused(bad, message):

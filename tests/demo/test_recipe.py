@@ -2,17 +2,12 @@
 import json
 import sys
 
-import jax
 import pytest
 
 from configs import demo
-from mgjax.data.samples import DataError
-from mgjax.data.sources import load_samples
 from mgjax.demo import recipe
-from mgjax.evaluate.answers import answer_first_questions
 from mgjax.infer.assistant import load
 from mgjax.infer.sampling import Sampling
-from mgjax.sharding import make_mesh
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -44,21 +39,17 @@ def test_it_leaves_a_table_pictures_and_a_model_that_answers(workdir):
 
 def test_answers_in_bulk_are_the_answers_of_a_chat(workdir):
   data = workdir / "data"
-  samples, _ = load_samples(data / "heldout.json")
-  mesh = make_mesh((1, 1, 1, 1), jax.devices()[:1])
-  bulk = answer_first_questions(workdir / "stage2", samples, data, mesh, max_new_tokens=6, rows=4)
+  records, told = recipe.ask(("stage2",), data, workdir)
   model = load(workdir / "stage2", rows=2)
-  ask = [(data / s.images[0], s.turns[0][1].removeprefix("<image>\n")) for s in samples]
-  assert model.chat_batch(ask, max_new_tokens=6) == bulk
-  chat = model.conversation(Sampling(max_new_tokens=6))
-  for sample, answer in zip(samples, bulk, strict=True):
+  ask = [(data / r["image"], r["conversations"][0]["value"].removeprefix("<image>\n"))
+         for r in records]
+  assert model.chat_batch(ask, max_new_tokens=12) == told["stage2"]
+  chat = model.conversation(Sampling(max_new_tokens=12))
+  for (image, text), answer in zip(ask, told["stage2"], strict=True):
     chat.clear()
-    chat.attach(data / sample.images[0])
-    list(chat.ask(sample.turns[0][1].removeprefix("<image>\n")))
+    chat.attach(image)
+    list(chat.ask(text))
     assert chat.turns[-1][1] == answer
-  gone = [s.__class__(s.index, s.id, ("none.jpg",), s.turns) for s in samples[:1]]
-  with pytest.raises(DataError, match=r"#0 \(id heldout-000000\).*none.jpg"):
-    answer_first_questions(workdir / "stage2", gone, data, mesh)
 
 
 def test_names_are_imported_when_used():
