@@ -50,6 +50,13 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
         f"{jax.process_count()} hosts, each of which reads its own rows; use a smaller tensor axis")
 
 
+def abstract_batch(shape: Format, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """A batch of this format on the mesh, as the compiler wants to know it."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+          for k, (dims, dtype) in batch_arrays(shape).items()}
+
+
 class CompiledSteps:
   """The train step as an executable for each format of a batch, made when it is first asked for.
 
@@ -77,9 +84,7 @@ class CompiledSteps:
   def lower(self, shape: Format) -> jax.stages.Lowered:
     """The step for a format as the compiler gets it."""
     graphdef, _ = abstract_params(model_builder(self._config, shape.hr_size), self._mesh)
-    sharding = batch_sharding(self._mesh)
-    batch = {k: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-             for k, (dims, dtype) in batch_arrays(shape).items()}
+    batch = abstract_batch(shape, self._mesh)
     shardings = jax.tree.map(lambda s: s.sharding, self._abstract)
     train_step = make_train_step(self._config, graphdef, self._tx, self._steps)
 
@@ -89,7 +94,8 @@ class CompiledSteps:
       # hosts where nothing orders it.
       return state, metrics | {"failed": jnp.where(metrics["finite"], failed, -1).max()}
 
-    words = jax.ShapeDtypeStruct((batch_shards(self._mesh),), jnp.int32, sharding=sharding)
+    words = jax.ShapeDtypeStruct((batch_shards(self._mesh),), jnp.int32,
+                                 sharding=batch_sharding(self._mesh))
     # The shardings out are pinned: left free, small ones drift and the next step would not fit.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return jitted.lower(self._abstract, batch, words)

@@ -62,6 +62,31 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldoutConfig:
+  """Samples that are not trained on, and when to measure the model on them (see `heldout.py`).
+
+  They are read by the rules of `data`, at the model's own resolution.  All have to be usable,
+  whatever data.on_error says: figures of another set could not be compared.
+  """
+
+  path: str = ""        # a data file, like data.path; "" = none
+  image_root: str = ""  # the folder that its `image` paths are relative to
+  every: int = 0        # steps from one time to the next; the last step always is one
+  samples: int = 0      # only the first ones, at most so many; 0 = all
+
+  def __post_init__(self):
+    at_least(self, 0, "every", "samples")
+    given = [name for name in ("image_root", "every", "samples") if getattr(self, name)]
+    if given and not self.path:
+      raise ConfigError(f"config.heldout.{given[0]} is {getattr(self, given[0])!r}, but "
+                        "config.heldout.path is empty; expected a data file: "
+                        f"--config.heldout.path=FILE, or leave {given[0]} out as well")
+    if self.path and not self.every:
+      raise ConfigError(f"config.heldout.path is {self.path!r}, but config.heldout.every is 0; "
+                        "expected at least 1 step: --config.heldout.every=500")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """One training run: a model, its data, and how it is trained."""
 
@@ -88,6 +113,7 @@ class RunConfig:
   chat_stop_ids: tuple[int, ...] = ()  # ids that end an answer, beside those of tokenizer, template
   checkpoint: CheckpointConfig = CheckpointConfig()
   profile: ProfileConfig = ProfileConfig()
+  heldout: HeldoutConfig = HeldoutConfig()
   log_every: int = 1
   hang_timeout: float = 600.0         # seconds; a host of several that takes longer over a part of
                                       # a step (loading, computing, saving) ends the run
@@ -109,6 +135,10 @@ class RunConfig:
         ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
       if value not in allowed:
         raise ConfigError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
+    if self.heldout.path and self.objective != "language":
+      raise ConfigError(f"config.heldout.path is {self.heldout.path!r}, but config.objective is "
+                        f"{self.objective!r}: a tower alone gives no answers to measure; expected "
+                        "'language', or leave config.heldout out")
     for resolution in self.data.all_resolutions:
       if resolution.batch_size % self.accumulate:
         raise ConfigError(f"config.data: batch_size {resolution.batch_size} is not a multiple of "

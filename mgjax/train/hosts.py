@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib.util
+import itertools
 import json
 import os
 import secrets
@@ -167,23 +168,24 @@ def _end(line: str) -> None:
 
 
 @contextlib.contextmanager
-def stop_notice() -> Iterator[Callable[[int], bool]]:
-  """A function of the step that was just done: whether to save it and stop, since SIGTERM came to
-  any of the hosts; all get the same answer.
+def stop_notice() -> Iterator[Callable[[], bool]]:
+  """A function to call wherever a run could stop, in every host at the same places: whether to
+  save and stop here, since SIGTERM came to any of the hosts; all get the same answer.
 
-  Several hosts agree in the background (jax listens for the signal and finds a step that none of
-  them has begun): asking costs no communication.
+  Several hosts agree in the background (jax listens for the signal and finds a place that none of
+  them has reached): asking costs no communication.
   """
   if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
+    places = itertools.count()  # their numbers, which have to follow each other
+    yield lambda: multihost_utils.reached_preemption_sync_point(next(places))
     return
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: event.is_set()  # a notebook's worker thread: nobody sends it signals
+    yield event.is_set  # a notebook's worker thread: nobody sends it signals
     return
   before = signal.signal(signal.SIGTERM, lambda *_: event.set())
   try:
-    yield lambda step: event.is_set()
+    yield event.is_set
   finally:
     signal.signal(signal.SIGTERM, before)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from mgjax import trees
 from mgjax.checkpoint import (
@@ -27,14 +26,15 @@ from mgjax.data.packing import Format
 from mgjax.data.pipeline import Pipeline, make_pipeline
 from mgjax.data.samples import DataError
 from mgjax.data.tokenizer import Tokenizer, load_tokenizer
-from mgjax.sharding import batch_sharding, check_heads, mesh_context
+from mgjax.sharding import check_heads, mesh_context
+from mgjax.train import heldout
 from mgjax.train import metrics as metrics_lib
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
 from mgjax.train.config import RunConfig
 from mgjax.train.flops import Work, batch_flops, model_flops
 from mgjax.train.hosts import STARTING, Watch, stop_notice, watched, word
 from mgjax.train.optimizer import make_optimizer
-from mgjax.train.prefetch import Prefetcher
+from mgjax.train.prefetch import Prefetcher, put
 from mgjax.train.profile import Profiler
 from mgjax.train.state import TrainState, abstract_state, init_state
 
@@ -65,10 +65,10 @@ def train(config: RunConfig, workdir: str | Path, *, name: str = "train") -> int
       checkpointer.close()
 
 
-def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bool], watch: Watch,
+def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[], bool], watch: Watch,
            checkpointer: Checkpointer) -> int:
   resuming = checkpointer.latest is not None
-  stop(checkpointer.latest or 0)  # hosts that agree on a step to stop at count from here
+  stop()  # hosts that agree on a place to stop at count from here
   if resuming:
     check_same_run(workdir, config)
     if config.steps and checkpointer.latest >= config.steps:
@@ -83,6 +83,7 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bo
   watch.at("read the data", limit=STARTING)
   data = make_pipeline(config.data, tokenizer, host=jax.process_index(),
                        hosts=jax.process_count())
+  held_out = heldout.read(config, tokenizer) if config.heldout.path else None
   batches, main_host = iter(data), jax.process_index() == 0
   steps = config.steps or data.steps(config.epochs)
   check_profile(config, steps)
@@ -108,12 +109,13 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bo
     compiled = CompiledSteps(config, tx, steps, abstract, mesh)
     watch.at("compile", step=start, limit=STARTING)
     compiled.prepare(data.formats_of_epoch(0))
+    measure = heldout.compile_for(held_out, config, abstract, mesh) if held_out else None
     wait_for_hosts("compiled", STARTING)
     log = metrics_lib.Metrics(workdir, name=name, start=start, steps=steps, enabled=main_host)
     fetched = Prefetcher(batches, lambda batch: put(batch, mesh), steps - start)
     profiler = Profiler(workdir / "profile", config.profile.span())
     with contextlib.closing(log), contextlib.closing(fetched), contextlib.closing(profiler):
-      if stop(start):
+      if stop():
         return start
       watch.at("load the first batch", limit=STARTING)
       batch, bad = next(fetched), None
@@ -133,12 +135,19 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bo
         if not metrics.pop("finite"):
           raise TrainingError(explain_nonfinite(step, metrics, done.host, data))
         failed = int(metrics.pop("failed"))
-        due = step == steps or stop(step) or failed > 0
+        due = step == steps or stop() or failed > 0
         watch.at(f"save step {step}", step=step)
         checkpointer.save(step, state.as_dict(), done.position, force=due)
-        log.write(step, metrics | skipped(done.position), usage(done.host, shape, config),
-                  waited=fetched.waited if batch else 0.0,
-                  show=step % config.log_every == 0 or due)
+        figures = {}
+        if measure and (step == steps or step % config.heldout.every == 0 and not due):
+          with log.aside():
+            figures = measure(state, step, watch, stop if step < steps else lambda: False)
+          if figures is None:  # a stop signal came, and may leave little time
+            due, figures = True, {}
+            checkpointer.save(step, state.as_dict(), done.position, force=True)
+        log.write(step, metrics | skipped(done.position) | figures,
+                  usage(done.host, shape, config), waited=fetched.waited if batch else 0.0,
+                  show=step % config.log_every == 0 or due or bool(figures))
         if bad is not None:
           raise bad
         if failed:
@@ -152,8 +161,8 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[int], bo
 
 # What may differ when a run goes on; everything else makes it another run.
 _MAY_CHANGE = ("tokenizer", "init_from", "mesh", "remat", "attention", "checkpoint", "profile",
-               "log_every", "steps", "epochs", "accumulate", "chat_template", "chat_aspect",
-               "chat_stop_ids", "hang_timeout")
+               "heldout", "log_every", "steps", "epochs", "accumulate", "chat_template",
+               "chat_aspect", "chat_stop_ids", "hang_timeout")
 _DATA_MAY_CHANGE = ("image_root", "on_error", "workers", "threads", "scan_limit")
 
 
@@ -223,13 +232,6 @@ def check_profile(config: RunConfig, steps: int) -> None:
   if config.profile.steps and config.profile.span()[-1] > steps:
     raise ConfigError(f"config.profile.steps is {config.profile.steps}, but the run has only "
                       f"{steps} steps; trace earlier ones")
-
-
-def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This host's rows onto its devices; what only the host needs stays behind."""
-  sharding = batch_sharding(mesh)
-  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()
-          if k != "sample_index"}
 
 
 def usage(batch: dict[str, np.ndarray], shape: Format, config: RunConfig) -> metrics_lib.Usage:

@@ -43,6 +43,19 @@ def next_token_loss(hidden: jax.Array, weights: jax.Array, axes: tuple[str, str]
   return _total(head, hidden, weights, targets, mask), jnp.sum(mask, dtype=jnp.float32)
 
 
+def judge_next_tokens(hidden: jax.Array, weights: jax.Array, axes: tuple[str, str],
+                      targets: jax.Array, mask: jax.Array, *,
+                      chunk_bytes: int = CHUNK_BYTES) -> tuple[jax.Array, jax.Array]:
+  """What `next_token_loss` sums, one by one, for the forward pass alone; arguments as there.
+
+  Returns the cross entropy of each next token, float32 [B, L], 0 where it does not count; and
+  whether it is the likeliest, bool [B, L]: the one that greedy decoding takes, which is the first
+  of equals.
+  """
+  head = _Head(tuple(axes), chunk_bytes)
+  return _over_devices(head, hidden, weights, targets, mask, (False, False), each=True)[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Head:
   axes: tuple[str, str]  # of the weights
@@ -70,7 +83,7 @@ def _total(head, hidden, weights, targets, mask):
 
 def _forward(head, hidden, weights, targets, mask):
   wanted = hidden.perturbed, weights.perturbed
-  total, *gradients = _over_devices(
+  total, *gradients, _ = _over_devices(
       head, hidden.value, weights.value, targets.value, mask.value, wanted)
   return total, [d if w else None for d, w in zip(gradients, wanted)]
 
@@ -83,9 +96,10 @@ def _backward(head, gradients, g):
 _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _over_devices(head, hidden, weights, targets, mask, wanted):
+def _over_devices(head, hidden, weights, targets, mask, wanted, each=False):
   """Summed loss and the gradients of hidden and weights, laid out and typed as these; a scalar in
-  place of one that is not wanted."""
+  place of one that is not wanted.  Last, where `each` is wanted, what `judge_next_tokens` gives;
+  else None."""
   stored, mesh = fitting_spec(weights.shape, *head.axes), jax.sharding.get_abstract_mesh()
   # A sum over an axis of one device is not always optimised away.
   parts, scattered = (axis if axis and mesh.shape[axis] > 1 else None
@@ -93,7 +107,8 @@ def _over_devices(head, hidden, weights, targets, mask, wanted):
   rows = spec("batch")
 
   def local(hidden, weights, targets, mask):
-    total, d_hidden, d_weights = _over_chunks(head, parts, hidden, weights, targets, mask, wanted)
+    total, d_hidden, d_weights, judged = _over_chunks(
+        head, parts, hidden, weights, targets, mask, wanted, each)
     if wanted[0] and parts:
       d_hidden = jax.lax.psum(d_hidden, parts)
     if wanted[1]:
@@ -101,17 +116,17 @@ def _over_devices(head, hidden, weights, targets, mask, wanted):
         d_weights = jax.lax.psum_scatter(d_weights, scattered, tiled=True,
                                          scatter_dimension=1 - head.vocab)
       d_weights = jax.lax.psum(d_weights, tuple(a for a in rows[0] if a != scattered))
-    return jax.lax.psum(total, rows[0]), d_hidden, d_weights
+    return jax.lax.psum(total, rows[0]), d_hidden, d_weights, judged
 
   used = P(*(parts if axis == "vocab" else None for axis in head.axes))
-  total, d_hidden, d_weights = jax.shard_map(
+  total, d_hidden, d_weights, judged = jax.shard_map(
       local, in_specs=(rows, used, rows, rows),
-      out_specs=(P(), rows if wanted[0] else P(), stored if wanted[1] else P()), check_vma=False)(
-          hidden, weights.astype(hidden.dtype), targets, mask)
-  return total, d_hidden, d_weights.astype(weights.dtype)
+      out_specs=(P(), rows if wanted[0] else P(), stored if wanted[1] else P(), rows),
+      check_vma=False)(hidden, weights.astype(hidden.dtype), targets, mask)
+  return total, d_hidden, d_weights.astype(weights.dtype), judged
 
 
-def _over_chunks(head, parts, hidden, weights, targets, mask, wanted):
+def _over_chunks(head, parts, hidden, weights, targets, mask, wanted, each):
   """The same for the rows of one device and its part of the vocabulary.  parts: the mesh axis that
   the vocabulary is split over, or None; hidden's gradient still has to be added up over it."""
   width, vocab = hidden.shape[-1], weights.shape[head.vocab]
@@ -119,8 +134,9 @@ def _over_chunks(head, parts, hidden, weights, targets, mask, wanted):
   count = -(-positions * vocab * hidden.dtype.itemsize // head.chunk_bytes)
   size = -(-positions // (count * 16)) * 16
   first = jax.lax.axis_index(parts) * vocab if parts else 0
-  sum_parts, max_parts = ((functools.partial(f, axis_name=parts) if parts else lambda x: x)
-                          for f in (jax.lax.psum, jax.lax.pmax))
+  sum_parts, max_parts, min_parts = (
+      (functools.partial(f, axis_name=parts) if parts else lambda x: x)
+      for f in (jax.lax.psum, jax.lax.pmax, jax.lax.pmin))
 
   def chunk(carry, scanned):
     total, d_weights = carry
@@ -131,7 +147,14 @@ def _over_chunks(head, parts, hidden, weights, targets, mask, wanted):
     denominator = sum_parts(jnp.sum(jnp.exp(scores - peak[:, None]), axis=-1))
     log_denominator = peak + jnp.log(denominator)
     chosen = sum_parts(jnp.sum(jnp.where(own, scores, 0), axis=-1))
-    total += jnp.sum((log_denominator - chosen) * weight)
+    losses = (log_denominator - chosen) * weight
+    total += jnp.sum(losses)
+    judged = None
+    if each:
+      best = first + jnp.argmax(scores, axis=-1)       # [size]: of this part of the vocabulary
+      of_peak = jnp.max(scores, axis=-1) == peak
+      best = min_parts(jnp.where(of_peak, best, jnp.iinfo(best.dtype).max))
+      judged = losses, best == target
     d_x = jnp.zeros(())
     if any(wanted):
       d = (jnp.exp(scores - log_denominator[:, None]) - own) * weight[:, None]
@@ -140,7 +163,7 @@ def _over_chunks(head, parts, hidden, weights, targets, mask, wanted):
       d_x = head.hidden_gradient(d, weights)
     if wanted[1]:
       d_weights += head.weight_gradient(x, d)
-    return (total, d_weights), d_x
+    return (total, d_weights), (d_x, judged)
 
   def chunks(x):  # what is padded has mask 0
     x = x.reshape(positions, *x.shape[2:])
@@ -148,10 +171,11 @@ def _over_chunks(head, parts, hidden, weights, targets, mask, wanted):
     return x.reshape(count, size, *x.shape[1:])
 
   zero = jnp.zeros(()), jnp.zeros(weights.shape if wanted[1] else ())
-  (total, d_weights), d_x = jax.lax.scan(
+  (total, d_weights), (d_x, judged) = jax.lax.scan(
       chunk, zero, tuple(map(chunks, (hidden, targets, mask.astype(jnp.float32)))))
   d_hidden = d_x.reshape(-1, width)[:positions].reshape(hidden.shape) if wanted[0] else zero[0]
-  return total, d_hidden, d_weights
+  judged = jax.tree.map(lambda x: x.reshape(-1)[:positions].reshape(targets.shape), judged)
+  return total, d_hidden, d_weights, judged
 
 
 def tag_loss(scores: jax.Array, targets: jax.Array,

@@ -1,9 +1,11 @@
 """What a run says of itself: a progress line, metrics.jsonl, TensorBoard."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -32,6 +34,7 @@ class Metrics:
   def __init__(self, workdir: Path, *, name: str, start: int, steps: int, enabled: bool):
     self._enabled = enabled
     self._last = time.perf_counter()
+    self._heldout = ""  # the last figures
     if not enabled:
       return
     self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
@@ -45,6 +48,15 @@ class Metrics:
   def restart_clock(self) -> None:
     """The first step begins now."""
     self._last = time.perf_counter()
+
+  @contextlib.contextmanager
+  def aside(self) -> Iterator[None]:
+    """The time that the body takes is no step's."""
+    started = time.perf_counter()
+    try:
+      yield
+    finally:
+      self._last += time.perf_counter() - started
 
   def write(self, step: int, values: dict, usage: Usage, *, waited: float, show: bool) -> None:
     """values: scalars of this step; waited: seconds that the device had to wait for data.
@@ -76,8 +88,11 @@ class Metrics:
     if self._board is not None:
       for key, value in record.items():
         self._board.add_scalar(key, value, step)
+    if "heldout/loss" in record:
+      self._heldout = (f"held-out loss {record['heldout/loss']:.4f}, exact "
+                       f"{record['heldout/exact_match']:.1%}, ")
     self._bar.set_postfix_str(
-        f"loss {record['loss']:.4f}, lr {record['learning_rate']:.1e}, "
+        f"loss {record['loss']:.4f}, {self._heldout}lr {record['learning_rate']:.1e}, "
         f"{record['tokens_per_s']:,.0f} tok/s, {record['images_per_s']:,.0f} img/s, "
         + (f"MFU {record['mfu']:.1%}, " if "mfu" in record else "") + f"{seconds:.2f} s/step")
 

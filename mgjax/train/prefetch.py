@@ -9,10 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from mgjax.data.pipeline import Batch, BatchIterator
+from mgjax.sharding import batch_sharding
 
 DEPTH = 2  # batches that wait on the device
+
+
+def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's rows onto its devices; what only the host needs stays behind."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()
+          if k != "sample_index"}
 
 
 @dataclasses.dataclass(frozen=True)
