@@ -44,9 +44,12 @@ class Parameters:
   def sampling(self, new_tokens: int, stop_ids: tuple[int, ...]) -> Sampling:
     """For the engine.  ApiError where a value means nothing."""
     try:
-      return Sampling(self.temperature, self.top_p, self.top_k, new_tokens, self.seed, stop_ids)
+      sampling = Sampling(self.temperature, self.top_p or 1.0, self.top_k, new_tokens, self.seed,
+                          stop_ids)
     except ValueError as error:
       raise wrong(str(error), str(error).partition(" ")[0]) from error
+    # At OpenAI top_p may be 0 too: the likeliest token alone.
+    return sampling if self.top_p else dataclasses.replace(sampling, temperature=0.0)
 
 
 def read_json(body: bytes) -> dict[str, Any]:

@@ -112,6 +112,12 @@ def test_a_seed_repeats_and_none_does_not(served):
   assert len({say() for _ in range(3)}) > 1
 
 
+def test_a_top_p_of_0_is_the_likeliest_token_alone(served):
+  asked = lambda **options: served.ask("What is it?", RED, **options).choices[0].message.content
+  assert {asked(temperature=1.5, top_p=0, seed=n) for n in range(3)} == {asked()}
+  assert asked(temperature=1.5, seed=0) != asked()
+
+
 def test_many_clients_get_what_each_gets_alone(served):
   def ask(i):
     options = {"tokens": 6 + i % 7, "temperature": i % 3 * 0.6, "seed": i}

@@ -38,7 +38,7 @@ def check(got, text, status, code=None, message="", param=None):
     ("tools", [{"type": "function"}], None), ("response_format", {"type": "json_object"}, None),
     ("store", True, None), ("user", 5, "invalid_type"), ("best_of", 1, "unknown_parameter"),
     ("temperatur", 1, "unknown_parameter"), ("temperature", "hot", "invalid_type"),
-    ("temperature", -1, None), ("temperature", 10**400, None), ("top_p", 0, None),
+    ("temperature", -1, None), ("temperature", 10**400, None), ("top_p", -0.1, None),
     ("top_p", 1.5, None), ("top_k", -1, None), ("top_k", 2**31, None), ("top_k", 1.5, None),
     ("seed", "one", None), ("seed", False, None), ("stop", "", None), ("stop", ["a"] * 5, None),
     ("stop", [1], None), ("max_tokens", 0, None), ("max_tokens", True, None),
