@@ -145,7 +145,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("decoder", [
-    pytest.param(DENSE, id="dense"), pytest.param(TIED, id="tied"),
+    pytest.param(DENSE, id="dense", marks=pytest.mark.slow), pytest.param(TIED, id="tied"),
     pytest.param(SPARSE, id="experts", marks=pytest.mark.slow)])
 def test_scores_stay_close(mesh, decoder):
   """int8 weights change random scores by less than 5 %, int4 by less than 40 %, an int8 cache by

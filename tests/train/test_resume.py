@@ -18,7 +18,7 @@ from mgjax.train.config import CheckpointConfig, MeshConfig
 from mgjax.train.loop import TrainingError, train
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_resume_is_bit_identical(tmp_path, workers, monkeypatch):
   config = make_run(tmp_path, steps=4, accumulate=2, workers=workers)
   straight, broken = tmp_path / "straight", tmp_path / "broken"
