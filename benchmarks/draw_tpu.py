@@ -22,8 +22,8 @@ from mgjax.tpu.aot import Generation  # noqa: E402
 from mgjax.tpu.drawing import drawings  # noqa: E402
 
 _REPO = Path(__file__).resolve().parents[1]
-SETTINGS = (("v5e-8", 1, 30), ("v5e-4", 1, 30), ("v5e-4", 8, 30), ("v5e-8", 8, 30),
-            ("v5e-4", 4, 20))  # slice, pictures, steps
+SETTINGS = (("v5e-8", 1, 30), ("v5e-4", 1, 30), ("v5e-4", 8, 30),
+            ("v5e-8", 8, 30))  # slice, pictures, steps
 BESIDE = "mgm-7b"  # all chips sharing every layer, 8 rows of 2048
 KEPT = ("chips", "mesh", "model_flops", "compiled_flops", "hbm_bytes", "products", "links",
         "exposed", "bound", "binds", "step", "mfu", "compile_seconds")

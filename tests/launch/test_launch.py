@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
   root = tmp_path_factory.mktemp("launch")
   make_run(root, steps=1)
   # Stopped by SIGTERM on the way, then the same command again.
-  args = command(root, "--config.steps=40")
+  args = command(root, "--config.steps=12")
   process = subprocess.Popen(args, cwd=REPO, env=ENV, stderr=subprocess.PIPE, text=True)
   metrics = root / "run" / "metrics.jsonl"
   for _ in range(2000):
@@ -43,12 +43,12 @@ def trained(tmp_path_factory):
   process.communicate(timeout=60)
   assert process.returncode == 0
   stopped = len(metrics.read_text().splitlines())
-  assert 2 <= stopped < 40
+  assert 2 <= stopped < 12
   assert (root / "run" / "checkpoints" / str(stopped)).is_dir()
   again = call(args)
   assert again.returncode == 0, again.stderr
   steps = [json.loads(x)["step"] for x in metrics.read_text().splitlines()]
-  assert steps == list(range(1, 41))
+  assert steps == list(range(1, 13))
   return root
 
 
@@ -56,7 +56,7 @@ def test_a_run_leaves_what_it_should(trained):
   run = trained / "run"
   assert json.loads((run / "config.json").read_text())["model"]["hr_size"] == 128
   assert (run / "tokenizer" / "tokenizer.model").is_file()
-  assert "40" in [p.name for p in (run / "checkpoints").iterdir()]
+  assert "12" in [p.name for p in (run / "checkpoints").iterdir()]
   assert list((run / "tensorboard").iterdir())
   record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
   assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "images_per_s",
