@@ -88,7 +88,7 @@ def main():
     part("CLIP", lambda m, x: m(x), model.vision, tiles)
     part("ConvNeXt", lambda m, x: m(x), model.vision_hr, hr)
     part("upsample, concatenate", concatenated_features, maps)
-    part("mining", lambda m, x, y: m(x, y), model.mining, tokens, features)
+    part("mining", lambda m, x, y: m(x, [y]), model.mining, tokens, features)
     part("decoder and logits", lambda m, b: m.decoder.logits(m.decoder(
         m.decoder.embed(b["tokens"]), b["positions"], b["segment_ids"])[0]), model, batch)
 

@@ -27,7 +27,7 @@ def main():
     mining = PatchInfoMining(1024, 2880, dtype=jnp.float32, rngs=nnx.Rngs(0))
     tokens = jax.random.normal(jax.random.key(0), (1, 576, 1024))
     features = jax.random.normal(jax.random.key(1), (1, 192, 192, 2880))
-    forms = {"associative": lambda m, x, a: m(x, a), "literal": literal_mining}
+    forms = {"associative": lambda m, x, a: m(x, [a]), "literal": literal_mining}
     rows = {}
     for name, form in forms.items():
       if args.backward:

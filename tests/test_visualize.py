@@ -96,7 +96,7 @@ def test_what_is_mined_is_made_with_these_weights(make, name, side):
   windows = features.reshape(-1, p, m, p, m, features.shape[-1]).swapaxes(2, 3)
   values = model.mining.value(windows.reshape(config.visual_tokens, m * m, -1))
   mined = jnp.einsum("tj,tjd->td", mined_weights(model, pixels), values)
-  want = model.mining(x, features).reshape(config.visual_tokens, -1)
+  want = model.mining(x, [features]).reshape(config.visual_tokens, -1)
   np.testing.assert_allclose(mined, want, atol=1e-4 * float(jnp.abs(want).max()))
 
 

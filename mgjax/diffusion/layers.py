@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from mgjax.kernels.short_attention import fits, short_attention
 from mgjax.models.attention import choose, plain_attention, platform
 from mgjax.models.layers import Dense
-from mgjax.models.short_attention import fits, short_attention
 from mgjax.sharding import constrain, fitting_spec
 
 WEIGHTS_BYTES = 1 << 28  # of attention at one time, on a device

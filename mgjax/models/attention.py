@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from mgjax.config import ConfigError, RopeScaling
-from mgjax.models.short_attention import fits, short_attention
-from mgjax.models.splash import splash_attention
+from mgjax.kernels.short_attention import fits, short_attention
+from mgjax.kernels.splash import splash_attention
 from mgjax.sharding import batch_shards, spec
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")

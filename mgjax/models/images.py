@@ -54,3 +54,45 @@ def feature_tiles(features: jax.Array, config: ModelConfig) -> jax.Array:
     return tiles
   whole = resize_bilinear(features, side, side).astype(features.dtype)
   return jnp.concatenate([whole[:, None], tiles], axis=1)
+
+
+def split_views(x: jax.Array, config: ModelConfig) -> tuple[jax.Array | None, jax.Array]:
+  """Tokens of `low_resolution_tiles` as those of two pictures: the global view (None without), and
+  the tiles put together, which is how the maps of the high resolution lie.
+
+  [N*tiles, P*P, D] -> [N, P*P, D] or None, [N, (grid*P)^2, D].
+  """
+  g, p, d = config.grid, config.vision.side, x.shape[-1]
+  if g == 1:
+    return None, x
+  x = x.reshape(-1, config.tiles, p * p, d)
+  tiles = x[:, config.tiles - g * g:].reshape(-1, g, g, p, p, d).transpose(0, 1, 3, 2, 4, 5)
+  return x[:, 0] if config.global_view else None, tiles.reshape(-1, (g * p)**2, d)
+
+
+def join_views(whole: jax.Array | None, tiles: jax.Array, config: ModelConfig) -> jax.Array:
+  """The inverse of `split_views`."""
+  g, p, d = config.grid, config.vision.side, tiles.shape[-1]
+  if g == 1:
+    return tiles
+  tiles = tiles.reshape(-1, g, p, g, p, d).transpose(0, 1, 3, 2, 4, 5).reshape(-1, g * g, p * p, d)
+  x = tiles if whole is None else jnp.concatenate([whole[:, None], tiles], axis=1)
+  return x.reshape(-1, p * p, d)
+
+
+def shrunk_maps(maps: list[jax.Array], grid: int) -> list[jax.Array]:
+  """Maps whose `concatenated_features` are those of `maps` shrunk by `grid`, as the global view
+  sees them.
+
+  What is upsampled more than `grid` times is straight between two neighbours of the finest grid
+  that are brought together: upsampled the less, it is the same.
+  """
+  fine = maps[0].shape[1]
+  side = fine // grid
+
+  def shrunk(m):
+    if fine // m.shape[1] > grid and grid == 2:
+      return m
+    m = resize_bilinear(m, fine, fine).astype(m.dtype)
+    return resize_bilinear(m, side, side).astype(m.dtype)
+  return [shrunk(m) for m in maps]

@@ -8,7 +8,7 @@ from flax import nnx
 from mgjax.config import ModelConfig
 from mgjax.models import images as views
 from mgjax.models.clip_vit import ClipVit
-from mgjax.models.convnext import ConvNext, concatenated_features
+from mgjax.models.convnext import ConvNext
 from mgjax.models.decoder import Decoder
 from mgjax.models.layers import new_dense
 from mgjax.models.mining import PatchInfoMining
@@ -74,8 +74,12 @@ class MiniGemini(nnx.Module):
     return constrain(x.reshape(n, self.config.visual_tokens, -1), "batch", "seq", "act_embed")
 
   def _mine(self, mining, x, maps):
-    features = views.feature_tiles(concatenated_features(maps), self.config)
-    return mining(x, features.reshape(-1, *features.shape[2:]))
+    """x [N*tiles, t, D] -> what each tile's tokens mine, likewise."""
+    whole, tiles = views.split_views(x, self.config)
+    mined = mining(tiles, maps)
+    if whole is not None:
+      whole = mining(whole, views.shrunk_maps(maps, self.config.grid))
+    return views.join_views(whole, mined, self.config)
 
   def place(self, tokens: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
     """Text embeddings with the visual tokens put where they belong.

@@ -6,10 +6,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 
+from mgjax.chips import CHIPS, chip_of
+from mgjax.kernels.mining import mine_maps, why_not
+from mgjax.models.attention import platform
+from mgjax.models.convnext import concatenated_features
 from mgjax.models.layers import LayerNorm, new_dense
-from mgjax.sharding import constrain, gathered
+from mgjax.sharding import batch_shards, constrain, gathered, spec
 
 
 class NormedDense(nnx.Module):
@@ -46,11 +51,12 @@ class PatchInfoMining(nnx.Module):
     make = lambda d_in: NormedDense(d_in, width, self.EPS, dtype=dtype, rngs=rngs)
     self.query, self.key, self.value = make(width), make(features), make(features)
 
-  def __call__(self, tokens: jax.Array, features: jax.Array) -> jax.Array:
-    """tokens [N, P*P, D] of square images, features [N, P*w, P*w, C] -> mined [N, P*P, D]."""
+  def __call__(self, tokens: jax.Array, maps: list[jax.Array]) -> jax.Array:
+    """tokens [N, P*P, D] of square images, and the maps whose `concatenated_features` have the
+    candidates, the first [N, P*w, P*w, C_0] -> mined [N, P*P, D]."""
     n, count, _ = tokens.shape
-    q = self._queries(tokens, features)
-    pooled = pool_windows(q, features.astype(self.dtype), self.EPS)
+    q = self._queries(tokens, maps[0])
+    pooled = pool_maps(q, [m.astype(self.dtype) for m in maps], self.EPS)
     pooled = pooled.reshape(n, count, -1)
     pooled = pooled * self.value.norm.scale[...] + self.value.norm.bias[...]
     mined = self.value.dense(pooled.astype(self.dtype))
@@ -76,6 +82,41 @@ class PatchInfoMining(nnx.Module):
     q = jnp.einsum("ntd,cd->ntc", q, gathered(key.kernel[...].astype(q.dtype), *key.axes))
     q = q * (self.key.norm.scale[...] * width**-0.5).astype(q.dtype)
     return q.reshape(n, side, side, -1)
+
+
+def pool_maps(q: jax.Array, maps: list[jax.Array], eps: float) -> jax.Array:
+  """`pool_windows` of the maps on the grid of the first, in the form that suits the platform: on a
+  TPU by a kernel that reads them once and upsamples none.
+
+  q [N, P, P, C], maps [N, P*w/f, P*w/f, C_r], C = sum of C_r -> float32 [N, P, P, C].
+  """
+  if platform() == "tpu":
+    if (why := why_not(q, maps, _vmem())) is None:
+      return by_kernel(q, maps, eps)
+    _say(why)
+  return pool_windows(q, concatenated_features(maps), eps)
+
+
+def by_kernel(q: jax.Array, maps: list[jax.Array], eps: float,
+              interpret: bool = False) -> jax.Array:
+  """`mine_maps` on each device with its own pictures: XLA cannot cut a kernel."""
+  shards = batch_shards(jax.sharding.get_abstract_mesh())
+  rows = spec("batch") if q.shape[0] % shards == 0 else spec(None)
+  local = lambda q, maps: mine_maps(q, maps, eps, interpret)
+  return jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(q, tuple(maps))
+
+
+def _vmem() -> int:
+  """Bytes of memory of a core of the mesh's devices; of an unknown chip the least of all."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  chip = None if device is None else chip_of(device.device_kind)
+  return min(c.vmem for c in CHIPS if c.vmem) if chip is None else chip.vmem
+
+
+@functools.cache
+def _say(why: str):
+  """Once, however often it is traced."""
+  logging.warning("mining without its kernel, many times slower: %s", why)
 
 
 def by_rows(q: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mgjax.config import DecoderConfig
-from mgjax.models.grouped import grouped_dot
+from mgjax.kernels.grouped import grouped_dot
 from mgjax.models.layers import Dense
 from mgjax.sharding import fitting_spec, spec
 

@@ -21,7 +21,7 @@ _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 # writes there.
 _PARTS = ("slice", "dynamic-slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# Products of groups of rows, see models/grouped.py.
+# Products of groups of rows, see kernels/grouped.py.
 _GROUPED = re.compile(r"(ragged-dot-none|t?gmm)")
 # Custom calls that the compiler uses for bookkeeping.
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective",
@@ -31,6 +31,9 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 # compiler's, and that of fusions with products misses measured steps by a third (docs/tpu.md).
 # Depthwise convolutions are not for the matrix unit: 0.4 % is what cycles come to on a v5e.
 ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.004
+# Of mining's kernel, for what the mathematics needs: it multiplies each position with all queries
+# of a row of windows.  By the instructions of its code for a v5e (benchmarks/mining_tpu.py).
+MINING_RATE = 0.003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
     return Cost(0, moved)  # by the memory's own engine, behind the core's back
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
-  kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
+  kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE] + by_rate[MINING_RATE]
   compiler = None if i.cycles is None else i.cycles / chip.clock
   if compiler is not None and flops == by_rate[DEPTHWISE_RATE]:
     return Cost(flops, moved, max(compiler, flops / chip.peak), compiler, kernel_flops)
@@ -100,7 +103,21 @@ def op_flops(module: Module, computation: str, i: Instruction,
     return Counter({PRODUCT_RATE: 2 * math.prod(i.arrays[0].dims) * depth})
   if i.opcode == "custom-call" and _GROUPED.match(i.name):
     return Counter({GROUPED_RATE: own_rows * _grouped_flops(operands, i)})
+  if is_kernel(i) and (mined := _mining_flops(operands, i)):
+    return Counter({MINING_RATE: mined})
   return Counter({ATTENTION_RATE: _attention_flops(operands, i)} if is_kernel(i) else {})
+
+
+def _mining_flops(operands, i: Instruction) -> float:
+  """Of `mine_maps`: of each value of the maps two products forward, logits and sum, three for the
+  gradient of queries, as many more for that of maps.  0 for another kernel."""
+  queries = 1 if "mine_forward" in i.name else 2 if "mine_backward" in i.name else 0
+  if not queries:
+    return 0
+  arrays = [operands[name].arrays[0] for name in i.operands]
+  maps = [a for a in arrays[queries:] if len(a.dims) == 4]
+  products = 2 if queries == 1 else 3 if len(i.arrays) == 1 else 6
+  return 2 * products * sum(math.prod(a.dims) for a in maps)
 
 
 def _grouped_flops(operands, i: Instruction) -> float:

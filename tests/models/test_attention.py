@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from mgjax.config import ConfigError
+from mgjax.kernels.short_attention import fits, short_attention
+from mgjax.kernels.splash import block_size
 from mgjax.models.attention import attention, choose, packed_causal_mask, plain_attention
-from mgjax.models.short_attention import fits, short_attention
-from mgjax.models.splash import block_size
 from mgjax.sharding import make_mesh, mesh_context
 
 

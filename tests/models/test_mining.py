@@ -44,7 +44,7 @@ def test_equals_the_literal_form(mesh, side, window):
     (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(params, x, a)
     return out, trees.flatten(grads)
 
-  ours, our_grads = run(lambda m, x, a: m(x, a))
+  ours, our_grads = run(lambda m, x, a: m(x, [a]))
   literal, grads = run(literal_mining)
   np.testing.assert_allclose(ours, literal, atol=1e-5)
   for path, want in grads.items():
@@ -55,4 +55,4 @@ def test_equals_the_literal_form(mesh, side, window):
 def test_refuses_a_map_that_windows_do_not_cover(mesh):
   graphdef, params = lively(32, 80)
   with pytest.raises(ValueError, match="16 tokens need a square map .* got 30x30"):
-    nnx.merge(graphdef, params)(jnp.zeros((1, 16, 32)), jnp.zeros((1, 30, 30, 80)))
+    nnx.merge(graphdef, params)(jnp.zeros((1, 16, 32)), [jnp.zeros((1, 30, 30, 80))])

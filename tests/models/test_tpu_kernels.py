@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 
 from mgjax.config import ConfigError
 from mgjax.models.attention import attention
+from mgjax.models.mining import pool_maps
 from mgjax.sharding import make_mesh, mesh_context, spec
 from mgjax.tpu.slices import describe, parse_slice
 
@@ -58,3 +59,27 @@ def test_towers(devices, length, heads, h):
 def test_one_key_head_and_short_rows(devices):
   assert kernels(devices, (1, 4, 1, 1), 2048, 8, 1, 256) == {"splash_mha_fwd", "splash_mha_dkv"}
   assert kernels(devices, (1, 4, 1, 1), 128, 8, 1, 256) == set()
+
+
+@pytest.mark.parametrize("side,factors,trains", [
+    (24, (1, 2, 4, 8), False), (24, (1, 2, 4, 8), True), (48, (1, 2, 4, 8), False),
+    (24, (1, 1, 2, 4), True)])
+def test_mining(devices, side, factors, trains):
+  """At the size of the towers, and of HD's tiles and its global view; no map is copied into another
+  layout or upsampled, and a frozen tower's gradients are not computed."""
+  mesh = make_mesh((1, 4, 1, 1), devices)
+  with mesh_context(mesh):
+    rows = NamedSharding(mesh, spec("batch"))
+    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)
+    widths = (192, 384, 768, 1536)
+    maps = [x(4, *(side * 8 // f,) * 2, c) for f, c in zip(factors, widths)]
+
+    def loss(q, maps):
+      return jnp.sum(jnp.sin(pool_maps(q, maps, 1e-5)))
+    text = jax.jit(jax.value_and_grad(loss, (0, 1) if trains else 0)).lower(
+        x(4, side, side, sum(widths)), maps).compile().as_text()
+  found = [line for line in text.splitlines() if "tpu_custom_call" in line]
+  assert len(found) == 2 and "mine_forward" in found[0] and "mine_backward" in found[1]
+  given = found[1].split(" custom-call(")[0]
+  assert all((f"bf16[1,{side * 8 // f},{side * 8 // f},{c}]" in given) == trains
+             for f, c in zip(factors, widths))

@@ -197,6 +197,24 @@ def test_short_attention_counts_all_queries_with_all_keys():
   assert got == {ops.ATTENTION_RATE: 2 * 2 * 2 * 4096 * 77 * 640}
 
 
+@pytest.mark.parametrize("line, products", [
+    ("%mine_forward.1 = f32[2,24,24,48]{3,2,1,0} custom-call(%q, %a, %b, %m)", 2),
+    ("%mine_backward.1 = (f32[2,24,24,48]{3,2,1,0}) custom-call(%q, %q, %a, %b, %m)", 3),
+    ("%mine_backward.1 = (f32[2,24,24,48]{3,2,1,0}, bf16[2,192,192,16]{3,2,1,0}, "
+     "bf16[2,96,96,32]{3,2,1,0}) custom-call(%q, %q, %a, %b, %m)", 6)])
+def test_mining_counts_each_value_of_the_maps(line, products):
+  text = TEXT.replace("  %one = s32[] constant(1)\n", f'''  %q = bf16[2,24,24,48]{{3,2,1,0}} parameter(1)
+  %a = bf16[2,192,192,16]{{3,2,1,0}} parameter(2)
+  %b = bf16[2,96,96,32]{{3,2,1,0}} parameter(3)
+  %m = bf16[96,192]{{1,0}} parameter(4)
+  {line}, custom_call_target="tpu_custom_call"
+  %one = s32[] constant(1)
+''')
+  module = hlo.parse(text)
+  got = ops.op_flops(module, *found(module, line[1:].split(" ")[0]))
+  assert got == {ops.MINING_RATE: 2 * products * (2 * 192**2 * 16 + 2 * 96**2 * 32)}
+
+
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.parse("nothing")

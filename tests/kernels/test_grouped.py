@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax.models.grouped import _blocks_backward, _kernel_backward, grouped_dot
+from mgjax.kernels.grouped import _blocks_backward, _kernel_backward, grouped_dot
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 30, 13), (0, 0, 0, 0), (48, 0, 0, 0), (12, 12, 12, 12),

@@ -1,0 +1,1 @@
+"""Pallas kernels for TPUs, each with the same computation as XLA runs it beside it or passed in."""
