@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-_GIB, _MIB = 2**30, 2**20
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Chip:
   ici: float | None = None    # bytes/s of one link between chips, one way
   ici_axes: int = 0           # of the torus; each has a link in both directions
   dcn: float | None = None    # bytes/s to other slices, this chip's share of its host's cards
-  vmem: int = 0               # bytes of a core's own memory, that kernels work in
 
   def share(self, device: Any) -> float:
     """The part of the chip that `device` (of jax) is: 1 unless each core is a device of its own."""
@@ -36,13 +35,13 @@ class Chip:
 
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, int(30.75 * _GIB), 1.2e12, cores=2, clock=1.05e9,
-         ici=4.5e10, ici_axes=3, dcn=6.25e9, vmem=16 * _MIB),
+         ici=4.5e10, ici_axes=3, dcn=6.25e9),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 8.2e11, clock=1.5e9,
-         ici=4.5e10, ici_axes=2, dcn=3.125e9, vmem=128 * _MIB),
+         ici=4.5e10, ici_axes=2, dcn=3.125e9),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, cores=2, clock=1.75e9,
-         ici=9e10, ici_axes=3, dcn=6.25e9, vmem=64 * _MIB),
+         ici=9e10, ici_axes=3, dcn=6.25e9),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * _GIB), 1.638e12, clock=1.75e9,
-         ici=9e10, ici_axes=2, dcn=1.25e10, vmem=128 * _MIB),
+         ici=9e10, ici_axes=2, dcn=1.25e10),
     Chip("a100", ("NVIDIA A100-SXM4-40GB",), 312e12, 40 * 10**9, 1.555e12),
     Chip("a100-80g", ("NVIDIA A100-SXM4-80GB",), 312e12, 80 * 10**9, 2.039e12),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80 * 10**9, 3.35e12),

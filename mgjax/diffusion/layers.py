@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mgjax.kernels.short_attention import fits, short_attention
-from mgjax.models.attention import choose, plain_attention, platform
+from mgjax.models.attention import choose, plain_attention
 from mgjax.models.layers import Dense
+from mgjax.models.platforms import platform
 from mgjax.sharding import constrain, fitting_spec
 
 WEIGHTS_BYTES = 1 << 28  # of attention at one time, on a device

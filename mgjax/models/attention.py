@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mgjax.config import ConfigError, RopeScaling
 from mgjax.kernels.short_attention import fits, short_attention
 from mgjax.kernels.splash import splash_attention
+from mgjax.models.platforms import platform
 from mgjax.sharding import batch_shards, spec
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -47,12 +48,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array |
   if chosen == "cudnn":
     return _cudnn(q, k, v, mask)
   return checkpoint_name(plain_attention(q, k, v, mask), "attention")
-
-
-def platform() -> str:
-  """Of the devices that the program is for: those of the mesh, which may only be described."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def choose(implementation: str, platform: str, length: int, dtype) -> str:

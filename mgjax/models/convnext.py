@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mgjax.config import ConvNextConfig
-from mgjax.models.depthwise import depthwise_conv
+from mgjax.models.depthwise import depthwise_norm
 from mgjax.models.images import resize_bilinear
-from mgjax.models.layers import Dense, LayerNorm, stack
+from mgjax.models.layers import Dense, LayerNorm, gelu, stack
 from mgjax.models.remat import remat
-from mgjax.sharding import constrain, gathered
+from mgjax.sharding import batch_shards, constrain, gathered
 
 
 def space_to_depth(x: jax.Array, size: int) -> jax.Array:
@@ -19,6 +20,12 @@ def space_to_depth(x: jax.Array, size: int) -> jax.Array:
   n, h, w, c = x.shape
   x = x.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
   return x.reshape(n, h // size, w // size, size * size * c)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  """[.., C] -> [rows, C], channels innermost in memory too.  Left to itself the TPU's compiler
+  turns those of 192 channels, no multiple of 128, over and back around every kernel."""
+  return with_layout_constraint(x.reshape(-1, x.shape[-1]), Layout(major_to_minor=(0, 1)))
 
 
 class ConvNextBlock(nnx.Module):
@@ -38,13 +45,17 @@ class ConvNextBlock(nnx.Module):
   def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
     """x [N, H, W, C] -> same.  keep [N]: drop-path factor of the branch, 0 or 1/(1-rate)."""
     kernel = gathered(self.kernel[...].astype(x.dtype), "taps", "taps", "channels")
-    y = depthwise_conv(x, kernel) + gathered(self.bias[...].astype(x.dtype), "channels")
-    y = jax.nn.gelu(self.up(self.norm(y)), approximate=False)
-    y = self.down(constrain(y, "batch", "space", "space", "act_mlp"))
-    y = y * self.gamma[...].astype(x.dtype)
+    bias = gathered(self.bias[...].astype(x.dtype), "channels")
+    y = depthwise_norm(x, kernel, bias, self.norm.scale[...], self.norm.bias[...], self.norm.eps)
+    # All that follows on rows, the sum too: so the TPU's compiler makes one operation of both
+    # products and what is between and behind them.
+    rows, y = _rows(x), gelu(self.up(_rows(y)))  # [N*H*W, C], [N*H*W, 4*C]
+    batch = "batch" if x.shape[0] % batch_shards(jax.sharding.get_abstract_mesh()) == 0 else None
+    y = self.down(constrain(y, batch, "act_mlp")) * self.gamma[...].astype(x.dtype)
     if keep is not None:
-      y = y * keep[:, None, None, None].astype(x.dtype)
-    return constrain(x + y, "batch", "space", "space", "act_embed")
+      y = (y.reshape(x.shape[0], -1) * keep[:, None].astype(x.dtype)).reshape(y.shape)
+    y = _rows(rows + y).reshape(x.shape)
+    return constrain(y, "batch", "space", "space", "act_embed")
 
 
 class ConvNextStage(nnx.Module):

@@ -7,6 +7,85 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgjax.kernels import depthwise as kernels
+from mgjax.models.layers import standardize
+from mgjax.models.platforms import core_memory, on_each_device, platform, say_once
+from mgjax.sharding import batch_shards
+
+
+def depthwise_norm(x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.Array,
+                   shift: jax.Array, eps: float, *, implementation: str = "auto") -> jax.Array:
+  """Depthwise convolution with a bias, and LayerNorm over the channels behind it.
+
+  Args:
+    x: [N, H, W, C].
+    kernel, bias: [k, k, C], [C], whole on every device.
+    scale, shift, eps: of the norm, [C] each.
+    implementation: "kernel" is the TPU's, for k = 7; "xla" the plain form; "auto" the kernel
+      where the devices of the mesh are TPUs and it can take the map, which else is said once.
+
+  Returns: [N, H, W, C] in the dtype of x.
+  """
+  if implementation == "auto":
+    implementation = _chosen(x, kernel)
+  if implementation == "kernel":
+    return _by_kernels(x, kernel, bias, scale, shift, eps)
+  return _norm(depthwise_conv(x, kernel) + bias.astype(x.dtype), scale, shift, eps)
+
+
+def _chosen(x, kernel):
+  if platform() != "tpu":
+    return "xla"
+  n = x.shape[0] // batch_shards(jax.sharding.get_abstract_mesh()) or 1
+  enough = core_memory() > kernels.MEMORY + kernels.SPARE  # not on v4
+  if enough and kernel.shape[0] == kernels.TAPS and kernels.fits((n, *x.shape[1:]), x.dtype):
+    return "kernel"
+  say_once(f"no kernel for the depthwise convolution of {x.dtype} {list(x.shape)} with "
+       f"{kernel.shape[0]}x{kernel.shape[1]} taps: XLA's form, which is slower")
+  return "xla"
+
+
+def _norm(y, scale, shift, eps):
+  return (standardize(y, eps) * scale + shift).astype(y.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _by_kernels(x, kernel, bias, scale, shift, eps):
+  local = functools.partial(kernels.depthwise_norm, eps=eps, interpret=platform() != "tpu")
+  return on_each_device(local, (x,), (kernel, bias, scale, shift))
+
+
+def _kernels_forward(x, kernel, bias, scale, shift, eps):
+  # The gradient of the norm wants what goes into it: here it is written.
+  of_map, of_taps = x.perturbed, kernel.perturbed or bias.perturbed
+  x, kernel, bias, scale, shift = (a.value for a in (x, kernel, bias, scale, shift))
+  y = on_each_device(_convolve, (x,), (kernel, bias))
+  saved = kernel if of_map else None, x if of_taps else None, (kernel[0, 0, :0], bias[:0])
+  return _norm(y, scale, shift, eps), (y, scale, shift, *saved)
+
+
+def _kernels_backward(eps, saved, g):
+  y, scale, shift, kernel, x, (like_kernel, like_bias) = saved
+  d_x = d_kernel = d_bias = None
+  d_y, d_scale, d_shift = jax.vjp(functools.partial(_norm, eps=eps), y, scale, shift)[1](g)
+  if kernel is not None:  # the same convolution with the kernel turned round
+    d_x = on_each_device(_convolve, (d_y,), (kernel[::-1, ::-1], jnp.zeros(kernel.shape[2:])))
+  if x is not None:
+    d_kernel, d_bias = on_each_device(_gradient, (x, d_y), (), summed=True)
+    d_kernel, d_bias = d_kernel.astype(like_kernel.dtype), d_bias.astype(like_bias.dtype)
+  return d_x, d_kernel, d_bias, d_scale, d_shift
+
+
+_by_kernels.defvjp(_kernels_forward, _kernels_backward, symbolic_zeros=True)
+
+
+def _convolve(x, kernel, bias):
+  return kernels.depthwise(x, kernel, bias, interpret=platform() != "tpu")
+
+
+def _gradient(x, g):
+  return kernels.depthwise_gradient(x, g, interpret=platform() != "tpu")
+
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Same-size depthwise convolution (stride 1, zero padding).

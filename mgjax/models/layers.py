@@ -12,6 +12,29 @@ from mgjax.sharding import gathered
 Dtype = jnp.dtype
 
 
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x times the normal distribution's integral up to x; float32 within.
+
+  jax.nn.gelu goes through erfc, which keeps the relative error of tiny results too, and of which
+  XLA makes two and a half times as many operations on a TPU: more than the products around it.
+  """
+  return (x * _normal_integral(x)).astype(x.dtype)
+
+
+def _normal_integral(x):
+  return 0.5 + 0.5 * jax.lax.erf(x.astype(jnp.float32) * 0.5**0.5)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (t,) = primals, tangents
+  wide = x.astype(jnp.float32)
+  density = jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi)**-0.5
+  # Rounded before it is kept for the backward pass.
+  return gelu(x), t * (_normal_integral(x) + wide * density).astype(x.dtype)
+
+
 def uniform_fan_in(fan_in: int):
   """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear weights and biases."""
   bound = fan_in**-0.5

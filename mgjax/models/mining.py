@@ -6,15 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
 
-from mgjax.chips import CHIPS, chip_of
 from mgjax.kernels.mining import mine_maps, why_not
-from mgjax.models.attention import platform
 from mgjax.models.convnext import concatenated_features
 from mgjax.models.layers import LayerNorm, new_dense
-from mgjax.sharding import batch_shards, constrain, gathered, spec
+from mgjax.models.platforms import core_memory, on_each_device, platform, say_once
+from mgjax.sharding import constrain, gathered
 
 
 class NormedDense(nnx.Module):
@@ -91,32 +89,16 @@ def pool_maps(q: jax.Array, maps: list[jax.Array], eps: float) -> jax.Array:
   q [N, P, P, C], maps [N, P*w/f, P*w/f, C_r], C = sum of C_r -> float32 [N, P, P, C].
   """
   if platform() == "tpu":
-    if (why := why_not(q, maps, _vmem())) is None:
+    if (why := why_not(q, maps, core_memory())) is None:
       return by_kernel(q, maps, eps)
-    _say(why)
+    say_once(f"mining without its kernel, many times slower: {why}")
   return pool_windows(q, concatenated_features(maps), eps)
 
 
 def by_kernel(q: jax.Array, maps: list[jax.Array], eps: float,
               interpret: bool = False) -> jax.Array:
-  """`mine_maps` on each device with its own pictures: XLA cannot cut a kernel."""
-  shards = batch_shards(jax.sharding.get_abstract_mesh())
-  rows = spec("batch") if q.shape[0] % shards == 0 else spec(None)
-  local = lambda q, maps: mine_maps(q, maps, eps, interpret)
-  return jax.shard_map(local, in_specs=rows, out_specs=rows, check_vma=False)(q, tuple(maps))
-
-
-def _vmem() -> int:
-  """Bytes of memory of a core of the mesh's devices; of an unknown chip the least of all."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  chip = None if device is None else chip_of(device.device_kind)
-  return min(c.vmem for c in CHIPS if c.vmem) if chip is None else chip.vmem
-
-
-@functools.cache
-def _say(why: str):
-  """Once, however often it is traced."""
-  logging.warning("mining without its kernel, many times slower: %s", why)
+  """`mine_maps` on each device, with its own pictures."""
+  return on_each_device(lambda q, *maps: mine_maps(q, maps, eps, interpret), (q, *maps))
 
 
 def by_rows(q: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:

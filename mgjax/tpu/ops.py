@@ -34,6 +34,11 @@ ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.0
 # Of mining's kernel, for what the mathematics needs: it multiplies each position with all queries
 # of a row of windows.  By the instructions of its code for a v5e (benchmarks/mining_tpu.py).
 MINING_RATE = 0.003
+# Cycles that our own depthwise kernels take for a register (8 columns of 128 channels) of what they
+# read, by the compiler's schedule for ConvNeXt-L's four stages, bfloat16 (benchmarks/depthwise.py
+# --tpu: 40 to 43, 35 to 38, 33 to 35); the arithmetic alone is 24.5.
+DEPTHWISE_CYCLES = {"depthwise_norm": 41, "depthwise_gradient": 34, "depthwise": 36}
+_DEPTHWISE = re.compile(r"(depthwise(?:_norm|_gradient)?)(?:\.\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,9 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
   kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE] + by_rate[MINING_RATE]
+  if cycles := _depthwise_cycles(module.computations[computation], i):
+    return Cost(flops, moved, max(cycles / (chip.clock * chip.cores), moved / chip.hbm_bandwidth),
+                None, flops)
   compiler = None if i.cycles is None else i.cycles / chip.clock
   if compiler is not None and flops == by_rate[DEPTHWISE_RATE]:
     return Cost(flops, moved, max(compiler, flops / chip.peak), compiler, kernel_flops)
@@ -105,6 +113,8 @@ def op_flops(module: Module, computation: str, i: Instruction,
     return Counter({GROUPED_RATE: own_rows * _grouped_flops(operands, i)})
   if is_kernel(i) and (mined := _mining_flops(operands, i)):
     return Counter({MINING_RATE: mined})
+  if _depthwise_cycles(operands, i):
+    return Counter({DEPTHWISE_RATE: 2 * 49 * math.prod(operands[i.operands[0]].arrays[0].dims)})
   return Counter({ATTENTION_RATE: _attention_flops(operands, i)} if is_kernel(i) else {})
 
 
@@ -118,6 +128,14 @@ def _mining_flops(operands, i: Instruction) -> float:
   maps = [a for a in arrays[queries:] if len(a.dims) == 4]
   products = 2 if queries == 1 else 3 if len(i.arrays) == 1 else 6
   return 2 * products * sum(math.prod(a.dims) for a in maps)
+
+
+def _depthwise_cycles(operands, i: Instruction) -> float:
+  """Of a depthwise kernel, over the cores of a chip; 0 for anything else."""
+  if not is_kernel(i) or not (found := _DEPTHWISE.match(i.name)):
+    return 0
+  n, h, w, c = operands[i.operands[0]].arrays[0].dims
+  return DEPTHWISE_CYCLES[found[1]] * n * h * -(-w // 8) * -(-c // 128)
 
 
 def _grouped_flops(operands, i: Instruction) -> float:
@@ -196,8 +214,10 @@ def hbm_bytes(module: Module, computation: str, i: Instruction) -> float:
       return 2 * arrays(i.operands[_UPDATES[i.opcode]])[0].bytes * i.arrays[0].in_hbm
     if i.opcode in _PARTS:
       return i.arrays[0].bytes * (i.arrays[0].in_hbm + arrays(i.operands[0])[0].in_hbm)
+    # A kernel may take an array several times, to see different parts of it.
+    names = dict.fromkeys(i.operands) if is_kernel(i) else i.operands
     return sum(a.bytes for a in i.arrays if a.in_hbm) + sum(
-        a.bytes for name in i.operands for a in arrays(name) if a.in_hbm)
+        a.bytes for name in names for a in arrays(name) if a.in_hbm)
   body = module.computations[i.called()[0]]
   total = 0.0
   for inner in body.values():

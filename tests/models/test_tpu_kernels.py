@@ -4,12 +4,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from mgjax.config import ConfigError
 from mgjax.models.attention import attention
+from mgjax.models.convnext import ConvNextBlock
 from mgjax.models.mining import pool_maps
-from mgjax.sharding import make_mesh, mesh_context, spec
+from mgjax.sharding import make_mesh, mesh_context, shardings_of, spec
 from mgjax.tpu.slices import describe, parse_slice
 
 pytestmark = pytest.mark.slow
@@ -83,3 +85,25 @@ def test_mining(devices, side, factors, trains):
   given = found[1].split(" custom-call(")[0]
   assert all((f"bf16[1,{side * 8 // f},{side * 8 // f},{c}]" in given) == trains
              for f, c in zip(factors, widths))
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 24, 192), (4, 9, 12, 136)])
+@pytest.mark.parametrize("wanted,names", [
+    (False, ["depthwise_norm"]), (True, ["depthwise", "depthwise", "depthwise_gradient"])])
+def test_depthwise(devices, shape, wanted, names):
+  mesh = make_mesh((1, 2, 2, 1), devices)
+  with mesh_context(mesh):
+    block = nnx.eval_shape(lambda: ConvNextBlock(
+        shape[-1], 1e-6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(block)
+    shardings = shardings_of(params, mesh)
+    params = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(
+        s.shape, s.dtype, sharding=sharding), params, shardings)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec("batch")))
+
+    def loss(params, x):
+      return jnp.sum(jnp.sin(nnx.merge(graph, params)(x).astype(jnp.float32)))
+    run = jax.value_and_grad(loss, (0, 1)) if wanted else loss
+    text = jax.jit(run).lower(params, x).compile().as_text()
+  found = re.findall(r"%(depthwise\w*?)(?:\.\d+)? = .*tpu_custom_call", text)
+  assert sorted(found) == names

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from mgjax.chips import chip_of
-from mgjax.tpu import hlo, ops
+from mgjax.tpu import bundles, hlo, ops
 
 V5E = chip_of("TPU v5 lite")
 
@@ -213,6 +213,38 @@ def test_mining_counts_each_value_of_the_maps(line, products):
   module = hlo.parse(text)
   got = ops.op_flops(module, *found(module, line[1:].split(" ")[0]))
   assert got == {ops.MINING_RATE: 2 * products * (2 * 192**2 * 16 + 2 * 96**2 * 32)}
+
+
+def test_depthwise_kernels_cost_what_their_schedule_says():
+  text = TEXT.replace("  %one = s32[] constant(1)\n", '''  %m = bf16[2,24,20,192]{3,2,1,0} parameter(1)
+  %taps = f32[2,49,128]{2,1,0} parameter(2)
+  %depthwise_norm.7 = bf16[2,24,20,192]{3,2,1,0} custom-call(%m, %m, %m, %taps), custom_call_target="tpu_custom_call"
+  %one = s32[] constant(1)
+''')
+  module = hlo.parse(text)
+  got = ops.cost(module, *found(module, "depthwise_norm.7"), V5E)
+  assert got.flops == got.kernel_flops == 2 * 49 * 2 * 24 * 20 * 192
+  assert got.bytes == 2 * 2 * 2 * 24 * 20 * 192 + 4 * 2 * 49 * 128  # what is read thrice, once
+  assert got.seconds == ops.DEPTHWISE_CYCLES["depthwise_norm"] * 2 * 24 * 3 * 2 / V5E.clock
+
+
+def test_bundles_are_multiplied_by_the_runs_of_their_loops():
+  text = """
+     0   :  { %s0 = smov 0 }
+   0x1 LB: > { %s1 = sphi %s0, %s2 /* iteration index, stage = 1 */ } /* Start region 7 :: Start region 3 */
+   0x2 LB: >> { %s3 = sadd.s32 1, %s3 } /* Start region 5 */
+   0x3   : >> { %p4_p1 = scmp.ge.s32.totalorder %s3, 10 /* loop exit test */ }
+   0x4   : >> { %8 = sbr.rel (!%p4_p1) target = $region5 }
+   0x5   :  {}
+   0x6   : > { %p9_p0 = scmp.ge.s32.totalorder (%p4_p1), %s2, 6 /* loop exit test */ }
+   0x7   : > { %9 = sbr.rel (!%p9_p0) target = $region7 }
+   0x8   :  { %10 = vsyncpa 1 }
+"""
+  assert bundles.loops(text) == [bundles.Loop(0, 3, 1), bundles.Loop(1, 3, 4),
+                                 bundles.Loop(2, 3, 40)]
+  assert bundles.cycles(text) == 3 + 3 * 4 + 3 * 40
+  with pytest.raises(ValueError, match="no trips for the loop at"):
+    bundles.loops(text.replace("region5", "region6"))
 
 
 def test_text_without_a_program_is_refused():
