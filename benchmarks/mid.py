@@ -64,7 +64,8 @@ def main():
   with mesh_context(mesh):
     tx = make_optimizer(run.optimizer, 100)
     graphdef, abstract = abstract_state(run, tx, mesh)
-    state, batch = init_state(run, tx, abstract), jax.tree.map(jnp.asarray, batch_of(config, rng))
+    state, _ = init_state(run, tx, abstract)
+    batch = jax.tree.map(jnp.asarray, batch_of(config, rng))
     step = jax.jit(make_train_step(run, graphdef, tx, 100), donate_argnums=0)
     compiled = step.lower(state, batch).compile()
     times = []

@@ -4,13 +4,15 @@
   python -m conversion.from_hf --llm vicuna-7b --clip clip-vit-large-patch14-336 \\
       --openclip openclip-convnext-large-d-320 --output checkpoints/start-7b [--adapter FILE]
   python -m conversion.from_hf --llm SmolLM2-135M-Instruct --output checkpoints/smollm2
+  python -m conversion.from_hf --peft ADAPTER --base checkpoints/mgm-7b --output work_dirs/adapted
   python -m conversion.from_hf --sdxl stable-diffusion-xl-base-1.0 --output checkpoints/sdxl
 
 The first reads a published checkpoint; its towers come from it, or from --towers where it has none.
 The second puts together the start of stage 1, with the mm_projector.bin of a stage 1 that of stage
-2.  The third is a language model alone.  The result is a normal checkpoint: launch/chat.py answers
-from it, launch/train.py goes on from it (--config.init_from=OUTPUT).  The last is the folder of a
-diffusers pipeline, with all its parts.
+2.  The third is a language model alone.  The fourth is a folder of the peft library, whose adapters
+are for the model of a checkpoint, which stays where it is.  The result is a normal checkpoint:
+launch/chat.py answers from it, launch/train.py goes on from it (--config.init_from=OUTPUT).  The
+last is the folder of a diffusers pipeline, with all its parts.
 """
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import mapping, sdxl
+from conversion import lora, mapping, sdxl
 from conversion.arrays import array_plan, write_arrays, write_notes
 from conversion.config import (
   CLIP,
@@ -237,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
   add("--openclip", "an OpenCLIP ConvNeXt folder")
   add("--adapter", "mm_projector.bin of a stage 1, or the folder that holds it")
   add("--sdxl", "a diffusers SDXL")
+  add("--peft", "adapters, a folder of the peft library")
+  add("--base", "the checkpoint that --peft is for")
   add("--output", "the checkpoint to make; must not exist", required=True)
   add("--tokenizer", "its tokenizer, if not in the language model's folder")
   parser.add_argument("--template", metavar="NAME",
@@ -248,12 +252,14 @@ def main(argv: list[str] | None = None) -> int:
                       help="which files of --sdxl; default: the plain ones, fp16 where there are "
                            "no plain ones")
   args = parser.parse_args(argv)
-  if sum(x is not None for x in (args.checkpoint, args.llm, args.sdxl)) != 1:
-    parser.error("give one of --checkpoint, --llm and --sdxl")
+  if sum(x is not None for x in (args.checkpoint, args.llm, args.sdxl, args.peft)) != 1:
+    parser.error("give one of --checkpoint, --llm, --peft and --sdxl")
+  if (args.peft is None) != (args.base is None):
+    parser.error("--peft and --base go together")
   of_others = [f"--{n}" for n in ("towers", "clip", "openclip", "adapter", "tokenizer", "template",
                                   "activation") if getattr(args, n)]
-  if args.sdxl and of_others:
-    parser.error(f"{of_others[0]} has no use with --sdxl")
+  if (args.sdxl or args.peft) and of_others:
+    parser.error(f"{of_others[0]} has no use with {'--sdxl' if args.sdxl else '--peft'}")
   if args.variant and not args.sdxl:
     parser.error("--variant goes with --sdxl")
   if args.checkpoint and (args.clip or args.openclip or args.adapter):
@@ -264,6 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.sdxl:
       variants = (args.variant,) if args.variant else sdxl.VARIANTS
       sdxl.convert(sdxl.open_pipeline(args.sdxl, variants), args.output)
+      note = None
+    elif args.peft:
+      lora.import_peft(args.peft, args.base, args.output)
       note = None
     else:
       source = (published(args.checkpoint, args.towers) if args.checkpoint else

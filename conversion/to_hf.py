@@ -2,11 +2,14 @@
 
   python -m conversion.to_hf --checkpoint work_dirs/mgm-7b --output MGM-7B [--shard-size 5GB]
   python -m conversion.to_hf --checkpoint work_dirs/mgm-7b-stage1 --output adapter --adapter-only
+  python -m conversion.to_hf --checkpoint work_dirs/mgm-7b-lora --output adapter --peft
   python -m conversion.to_hf --checkpoint checkpoints/sdxl --output sdxl    # for diffusers
 
-Writes config.json, sharded safetensors with their index, and the tokenizer and generation files;
-with --adapter-only the mm_projector.bin of a stage 1.  Numbers stay as they are saved (what trained
-is float32) unless --dtype asks for another type; the published checkpoints are bfloat16.
+Adapters of a run of configs/lora.py are merged into their layers; --peft writes them alone, as the
+folder of the peft library.  Otherwise it writes config.json, sharded safetensors with their index,
+and the tokenizer and generation files; with --adapter-only the mm_projector.bin of a stage 1.
+Numbers stay as they are saved (what trained is float32) unless --dtype asks for another type; the
+published checkpoints are bfloat16.
 """
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import mapping, sdxl
+from conversion import lora, mapping, sdxl
 from conversion.arrays import (
     Shards,
     as_original,
@@ -33,7 +36,7 @@ from conversion.arrays import (
 from conversion.config import read_json, write_config
 from conversion.families import Json, family_of
 from conversion.sources import ADAPTER
-from conversion.store import Reader, parameter_shapes
+from conversion.store import parameter_shapes
 from conversion.tensors import DTYPES, ConversionError, Tensors, contiguous, plan_shards
 from conversion.transfer import Job, finished_folder, needs_space, run_jobs, tool
 from mgjax.checkpoint import ORIGIN, SETTINGS, TOKENIZER, TOKENIZER_FILES, read_run
@@ -68,7 +71,7 @@ def open_checkpoint(path: Path, dtype: np.dtype | None = None) -> Checkpoint:
     raise ConversionError(f"{path}: this run trained a tower alone ({run['objective']}); only "
                           "whole models have a HuggingFace form")
   model = build(ModelConfig, run["model"], f"{folder}/config.json: model")
-  reader = Reader(step_dir)
+  reader = lora.open_reader(step_dir)
   held = held_parts(reader, parameter_shapes(model), ("projector", "mining"))
   rows = [row for row in mapping.all_rows(model) if row.path.split("/")[0] in held]
   notes = read_notes(folder)
@@ -194,10 +197,16 @@ def main(argv: list[str] | None = None) -> int:
                       help="type of the numbers; default: as saved")
   parser.add_argument("--adapter-only", action="store_true",
                       help="only what stage 1 trains, and the towers, as mm_projector.bin")
+  parser.add_argument("--peft", action="store_true",
+                      help="only the adapters, as a folder of the peft library")
   args = parser.parse_args(argv)
+  if args.peft and (args.adapter_only or args.shard_size):
+    parser.error("--peft goes without --adapter-only and --shard-size")
   with tool() as outcome:
     dtype = np.dtype(args.dtype) if args.dtype else None
-    if not args.adapter_only and sdxl.is_sdxl(args.checkpoint):
+    if args.peft:
+      lora.export_peft(args.checkpoint, args.output, dtype)
+    elif not args.adapter_only and sdxl.is_sdxl(args.checkpoint):
       sdxl.export(sdxl.open_run(args.checkpoint, dtype), args.output, args.shard_size, args.dtype)
     else:
       source = open_checkpoint(args.checkpoint, dtype)

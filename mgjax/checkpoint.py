@@ -2,8 +2,9 @@
 
 A run's folder holds `config.json` (the resolved run), `tokenizer/`, and `checkpoints/<step>/` with
 the items `state` (step, params, frozen, opt_state) and `data` (the position in the data, the same
-for all hosts).  `origin/`, where the weights came from a HuggingFace folder, holds what its config
-files said, for the way back.
+for all hosts).  A run with adapters saves no `frozen`: its `base.json` says where that lies.
+`origin/`, where the weights came from a HuggingFace folder, holds what its config files said, for
+the way back.
 """
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from orbax.checkpoint import multihost as ocp_multihost
 from orbax.checkpoint import v1 as ocp
 
 from mgjax import trees
+from mgjax.adapter_base import BaseError, load_merged, read_base
 from mgjax.config import ModelConfig, build
+from mgjax.models.lora import ADAPTER, LoraConfig
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
 
@@ -192,17 +195,32 @@ def _check_shapes(wanted: dict[str, Any], saved: dict[str, Any], folder: Path, *
 
 
 def load_params(path: str | Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-  """Model parameters by path, wherever in the state they lie, in the dtype and sharding wanted.
+  """Model parameters by path, wherever in the state they lie, in the dtype and sharding wanted; of
+  a run with adapters those of its base, with what the adapters learned merged into them.
 
   Raises CheckpointError if one is missing or has another shape.
   """
   folder = resolve(path)
+  try:
+    base = read_base(folder.parent.parent)
+    if base is None:
+      return _load_held(folder, wanted)
+    _require(folder, wanted, held_parameters(folder))
+    run = read_run(folder, None)[1]
+    config = build(LoraConfig, run["lora"], f"{folder.parent.parent / CONFIG}: lora")
+    return load_merged(_load_held, folder, base, config, run["frozen_dtype"],
+                       set(parameter_homes(folder)), wanted)
+  except BaseError as e:
+    raise CheckpointError(str(e)) from e
+
+
+def _load_held(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """As `load_params`, of what the folder of a step holds itself."""
   saved, home = _saved_shapes(folder), parameter_homes(folder)
-  missing = sorted(set(wanted) - set(home))
-  if missing:
-    raise CheckpointError(f"{folder}: {len(wanted)} parameters wanted, {len(missing)} not in it; "
-                          f"the first is {missing[0]}; it belongs to another model")
+  _require(folder, wanted, home)
   request = {home[k]: v for k, v in wanted.items()}
+  if not request:
+    return {}
   _check_shapes(request, saved, folder)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
@@ -215,8 +233,26 @@ def load_params(path: str | Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
   return {k: got[home[k]] for k in wanted}
 
 
+def _require(folder: Path, wanted: Iterable[str], held: Container[str]) -> None:
+  wanted = list(wanted)
+  if missing := sorted(k for k in wanted if k not in held):
+    raise CheckpointError(f"{folder}: {len(wanted)} parameters wanted, {len(missing)} not in it; "
+                          f"the first is {missing[0]}; it belongs to another model")
+
+
+def held_parameters(path: str | Path) -> set[str]:
+  """Paths of the model parameters that `load_params` finds.  Raises CheckpointError."""
+  folder = resolve(path)
+  own = set(parameter_homes(folder))
+  try:
+    base = read_base(folder.parent.parent)
+  except BaseError as e:
+    raise CheckpointError(str(e)) from e
+  return own if base is None else {k for k in own if not ADAPTER.search(k)} | {*base.parameters}
+
+
 def parameter_homes(path: str | Path) -> dict[str, str]:
-  """Path of each model parameter that a checkpoint holds -> its path in the saved state."""
+  """Path of each model parameter that a checkpoint holds itself -> its path in the saved state."""
   homes = {}
   for key in _saved_shapes(resolve(path)):
     part, _, name = key.partition("/")

@@ -24,6 +24,7 @@ RULES = {
     "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor", "layers": None,
     "expert": "expert",
     "channels": "fsdp", "taps": None, "norm": None,
+    "rank": "fsdp",  # of an adapter's matrix that has no `embed` side
     # activations
     "batch": ("data", "fsdp", "expert"), "seq": None, "act_embed": None, "act_mlp": "tensor",
     "act_heads": "tensor", "act_vocab": "tensor", "space": None, "strips": "tensor",

@@ -12,7 +12,6 @@ computed in the model's dtype; integers are what lies in memory.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,17 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from mgjax.checkpoint import LoadedModel, load_model, load_params
 from mgjax.infer.cache import with_unstacked_blocks
+from mgjax.models.integers import FORMATS, dequantized, part_axes, product, quantized
 from mgjax.models.layers import Dense
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.models.moe import Experts, route
 from mgjax.sharding import constrain, fitting_spec, gathered
 
-FORMATS = {"int8": jnp.int8, "int4": jnp.int4}
-GROUP = 32                                # inputs that share a scale in int4
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # of the range of a group, tried in int4
-# Rows for which sums of int4 groups are scaled rather than weights: the compiler of TPUs counts
-# 10 and 53 thousand cycles for 8 rows of a 4096 x 1376 matrix, 243 and 111 for 64 of 4096 x 11008.
-FEW_ROWS = 16
 FEW_TOKENS = 128  # for which all experts are read as integers
 
 
@@ -42,79 +36,6 @@ def check_format(name: str | None) -> None:
   """ValueError unless it is None or one of FORMATS."""
   if name is not None and name not in FORMATS:
     raise ValueError(f"quantize: {name!r} does not exist; one of {', '.join(FORMATS)}, or None")
-
-
-def group_size(inputs: int, ways: int = 1) -> int:
-  """Inputs of a matrix that share a scale in int4, where `ways` devices share the inputs: no group
-  is cut.
-
-  >>> [group_size(*n) for n in ((4096, 8), (11008, 8), (100, 1))]
-  [32, 32, 4]
-  """
-  return math.gcd(inputs // ways, GROUP)
-
-
-def quantized(w: jax.Array, name: str, ways: int = 1) -> tuple[jax.Array, ...]:
-  """w [..., D, F] -> integers, and the scales and offsets that make them weights again.
-
-  int8: integers [..., D, F] and scales, float32 [..., F]; zero is zero.
-  int4: integers [..., G, D/G, F] and, in the dtype of w, scales and offsets [..., G, F]; of the
-  ranges that CLIPS give the one with the least squared error.  `ways` as in `group_size`.
-  """
-  exact = w.astype(jnp.float32)
-  if name == "int8":
-    scale = jnp.max(jnp.abs(exact), axis=-2) / 127                        # [..., F]
-    values = jnp.round(exact / jnp.where(scale > 0, scale, 1)[..., None, :])
-    return jnp.clip(values, -127, 127).astype(jnp.int8), scale
-  size = group_size(w.shape[-2], ways)
-  grouped = exact.reshape(*w.shape[:-2], -1, size, w.shape[-1])
-  low, high = (f(grouped, axis=-2, keepdims=True) for f in (jnp.min, jnp.max))  # [..., G, 1, F]
-
-  def rounded(clip):
-    scale = (clip * (high - low) / 15).astype(w.dtype)
-    step = scale.astype(jnp.float32)
-    offset = ((low + high + step) / 2).astype(w.dtype)  # -8 and 7 are as far from the middle
-    values = jnp.round((grouped - offset) / jnp.where(step > 0, step, 1))
-    values = jnp.clip(values, -8, 7)
-    error = jnp.sum(jnp.square(values * step + offset - grouped), axis=-2, keepdims=True)
-    return values, scale, offset, error
-
-  best = rounded(1.0)
-  for clip in CLIPS[1:]:
-    other = rounded(clip)
-    better = other[-1] < best[-1]
-    best = tuple(jnp.where(better, new, old) for new, old in zip(other, best))
-  values, scale, offset, _ = best
-  return values.astype(jnp.int4), scale[..., 0, :], offset[..., 0, :]
-
-
-def dequantized(parts: Sequence[jax.Array], dtype) -> jax.Array:
-  """What `quantized` gave -> the matrix [..., D, F] that it stands for."""
-  values, scale, *offset = parts
-  w = values.astype(dtype) * scale.astype(dtype)[..., None, :]
-  if not offset:
-    return w
-  w += offset[0].astype(dtype)[..., None, :]
-  return w.reshape(*w.shape[:-3], -1, w.shape[-1])
-
-
-def product(x: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
-  """x [..., N, D] times what `quantized` gave, in the dtype of x -> [..., N, F]."""
-  values, scale, *offset = parts
-  if not offset:  # the scale of a whole channel can wait until the sum is made
-    y = x @ values.astype(x.dtype)
-    return (y * (scale if scale.ndim == 1 else scale[..., None, :])).astype(x.dtype)
-  x = x.reshape(*x.shape[:-1], values.shape[-3], -1)                      # [..., N, G, D/G]
-  if x.shape[-3] > FEW_ROWS:
-    # In three dimensions: with scales repeated for two, the compiler writes them out as a matrix.
-    scale, offset = (a.astype(x.dtype)[..., None, :] for a in (scale, *offset))
-    return jnp.einsum("...ngk,...gkf->...nf", x, values.astype(x.dtype) * scale + offset)
-  sums = jnp.einsum("...ngk,...gkf->...gnf", x, values.astype(x.dtype),
-                    preferred_element_type=jnp.float32)
-  scaled = jnp.sum(sums * scale[..., None, :], axis=-3)
-  moved = jnp.einsum("...ng,...gf->...nf", x.sum(-1, dtype=jnp.float32),
-                     offset[0].astype(jnp.float32))
-  return (scaled + moved).astype(x.dtype)
 
 
 class QuantizedMatrix(nnx.Module):
@@ -133,21 +54,13 @@ class QuantizedMatrix(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     rows = x.astype(self.dtype)
     rows = rows.reshape(-1, x.shape[-1]) if len(self.axes) == 2 else rows
-    names = _axes(self.parts[0].dtype, self.axes)
+    names = part_axes(self.parts[0].dtype, self.axes)
     y = product(rows, [gathered(part[...], *own) for part, own in zip(self.parts, names)])
     return y.reshape(*x.shape[:-1], -1) if len(self.axes) == 2 else y
 
   def __getitem__(self, index) -> jax.Array:
     """`[...]` is the matrix in `dtype`, as of an nnx.Param."""
     return dequantized([part[...] for part in self.parts], self.dtype)[index]
-
-
-def _axes(dtype, axes: tuple[str | None, ...]) -> tuple[tuple[str | None, ...], ...]:
-  """Logical names of the dimensions of the parts of a matrix with these names."""
-  *lead, inputs, outputs = axes
-  if dtype == jnp.int8:
-    return axes, (*lead, outputs)
-  return (*lead, inputs, None, outputs), *((*lead, inputs, outputs),) * 2
 
 
 class QuantizedExperts(Experts):
@@ -239,7 +152,8 @@ def _matrix(w, name, axes, dtype, **which) -> QuantizedMatrix:
   if not isinstance(w, jax.ShapeDtypeStruct):
     return QuantizedMatrix(_laid_out(w, name, axes, **which), axes, dtype)
   shapes = jax.eval_shape(functools.partial(_part, name=name, axes=axes, **which), w)
-  specs = [fitting_spec(s.shape, *names) for s, names in zip(shapes, _axes(FORMATS[name], axes))]
+  named = part_axes(FORMATS[name], axes)
+  specs = [fitting_spec(s.shape, *names) for s, names in zip(shapes, named)]
   return QuantizedMatrix(
       [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(w.sharding.mesh, spec))
        for s, spec in zip(shapes, specs)], axes, dtype)
@@ -249,7 +163,7 @@ def _matrix(w, name, axes, dtype, **which) -> QuantizedMatrix:
 def _laid_out(w, name, axes, layer=None, transposed=False):
   parts = _part(w, name, axes, layer, transposed)
   return tuple(jax.lax.with_sharding_constraint(a, fitting_spec(a.shape, *names))
-               for a, names in zip(parts, _axes(FORMATS[name], axes)))
+               for a, names in zip(parts, part_axes(FORMATS[name], axes)))
 
 
 def _part(w, name, axes, layer=None, transposed=False):

@@ -60,11 +60,14 @@ class Dense(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     # As one matrix: XLA's CPU backend is slow at weight gradients that contract several axes.
-    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    y = rows @ gathered(self.kernel[...].astype(self.dtype), *self.axes)
+    y = self.product(x.reshape(-1, x.shape[-1]).astype(self.dtype))
     if self.bias is not None:
       y = y + gathered(self.bias[...].astype(self.dtype), *self.axes[1:])
     return y.reshape(*x.shape[:-1], -1)
+
+  def product(self, rows: jax.Array) -> jax.Array:
+    """[N, d_in] -> [N, d_out] in `dtype`, without the bias."""
+    return rows @ gathered(self.kernel[...].astype(self.dtype), *self.axes)
 
 
 def new_dense(d_in: int, d_out: int, axes, *, dtype: Dtype, rngs: nnx.Rngs) -> Dense:

@@ -19,6 +19,7 @@ from mgjax.data.pipeline import batch_arrays
 from mgjax.infer.cache import BLOCK
 from mgjax.infer.programs import Programs
 from mgjax.infer.quantize import quantize
+from mgjax.models.lora import LoraConfig
 from mgjax.sharding import batch_shards, check_heads, mesh_context
 from mgjax.tpu.compiler import Program, bytes_a_chip
 from mgjax.train.compiled import CompiledSteps, check_batch, mesh_of
@@ -98,6 +99,7 @@ def _train_step(config, shape, mesh):
 
 
 def _generation(config, request, mesh):
+  config = dataclasses.replace(config, lora=LoraConfig())  # adapters are merged when it is loaded
   rows, length = request.rows or batch_shards(mesh), request.length
   if rows % batch_shards(mesh):
     raise ConfigError(f"--rows={rows} does not divide among data x fsdp x expert = "

@@ -12,6 +12,7 @@ from mgjax.data.config import DataConfig, Resolution
 from mgjax.data.conversation import get_template
 from mgjax.data.images import ASPECTS
 from mgjax.models.attention import IMPLEMENTATIONS
+from mgjax.models.lora import LoraConfig
 from mgjax.models.remat import RematConfig
 from mgjax.train.optimizer import OptimizerConfig
 
@@ -95,6 +96,7 @@ class RunConfig:
   tokenizer: str = ""                 # folder with tokenizer.json or tokenizer.model; "" = that of
                                       # the checkpoint in init_from
   optimizer: OptimizerConfig = OptimizerConfig()
+  lora: LoraConfig = LoraConfig()     # adapters beside frozen layers; rank 0: none
   objective: str = "language"         # language | tags:vision | tags:vision_hr (tower pre-training)
   router_loss: float = 0.0            # weight of the experts' balance (the original's: 0)
   steps: int | None = None            # None: `epochs` over the data
@@ -135,6 +137,9 @@ class RunConfig:
         ("frozen_dtype", self.frozen_dtype, ("bfloat16", "float32"))):
       if value not in allowed:
         raise ConfigError(f"config.{name} is {value!r}; expected one of {', '.join(allowed)}")
+    if self.lora.used and self.objective != "language":
+      raise ConfigError(f"config.lora adapts a language model's layers, but config.objective is "
+                        f"{self.objective!r}; leave config.lora.rank at 0")
     if self.heldout.path and self.objective != "language":
       raise ConfigError(f"config.heldout.path is {self.heldout.path!r}, but config.objective is "
                         f"{self.objective!r}: a tower alone gives no answers to measure; expected "

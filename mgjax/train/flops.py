@@ -20,6 +20,7 @@ import functools
 
 from mgjax.config import ClipVitConfig, ConvNextConfig, DecoderConfig, ModelConfig
 from mgjax.data.packing import Format
+from mgjax.models.lora import LoraConfig
 from mgjax.train.config import RunConfig
 from mgjax.train.optimizer import row_of
 
@@ -76,7 +77,8 @@ class FlopsReport:
 def model_flops(config: RunConfig, work: Work) -> FlopsReport:
   """Operations of a step on `work`, over all devices, for what the optimizer's table trains."""
   if config.objective == "language":
-    parts = _mini_gemini(config.model, work)
+    parts = {n: _adapted(part, n, config.lora)
+             for n, part in _mini_gemini(config.model, work).items()}
   else:
     parts = _tagger(config.model, config.objective.removeprefix("tags:"), work)
   trains = lambda path: path is not None and row_of(path, config.optimizer.table).lr is not None
@@ -104,6 +106,7 @@ class _Product:
   path: str | None
   flops: float
   inputs: tuple[str, ...]
+  sizes: tuple[int, int, int] | None = None  # rows, d_in, d_out of a dense layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,18 @@ def _tagger(config: ModelConfig, tower: str, work: Work) -> dict[str, _Part]:
 
 
 def _dense(path: str, rows: int, d_in: int, d_out: int, *inputs: str) -> _Product:
-  return _Product(path, 2 * rows * d_in * d_out, inputs)
+  return _Product(path, 2 * rows * d_in * d_out, inputs, (rows, d_in, d_out))
+
+
+def _adapted(part: _Part, name: str, lora: LoraConfig) -> _Part:
+  """With both products of each adapter."""
+  more = []
+  for p in part.products if lora.rank else ():
+    if p.path and lora.changes([p.path]):
+      (rows, d_in, d_out), layer = p.sizes, p.path.removesuffix("/kernel")
+      more += [_dense(f"{layer}/lora_a", rows, d_in, lora.rank, *p.inputs),
+               _dense(f"{layer}/lora_b", rows, lora.rank, d_out, name)]
+  return dataclasses.replace(part, products=part.products + more)
 
 
 def _clip(config: ClipVitConfig, images: int) -> _Part:

@@ -26,6 +26,7 @@ from mgjax.data.packing import Format
 from mgjax.data.pipeline import Pipeline, make_pipeline
 from mgjax.data.samples import DataError
 from mgjax.data.tokenizer import Tokenizer, load_tokenizer
+from mgjax.models.lora import LoraConfig
 from mgjax.sharding import check_heads, mesh_context
 from mgjax.train import heldout
 from mgjax.train import metrics as metrics_lib
@@ -36,7 +37,7 @@ from mgjax.train.hosts import STARTING, Watch, stop_notice, watched, word
 from mgjax.train.optimizer import make_optimizer
 from mgjax.train.prefetch import Prefetcher, put
 from mgjax.train.profile import Profiler
-from mgjax.train.state import TrainState, abstract_state, init_state
+from mgjax.train.state import TrainState, abstract_state, init_state, resumed_state
 
 
 class TrainingError(RuntimeError):
@@ -92,17 +93,19 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[], bool]
     abstract = abstract_state(config, tx, mesh)[1]
     watch.at("place the state", limit=STARTING)
     if resuming:
-      saved, position = checkpointer.restore(abstract.as_dict())
-      state = TrainState(**saved)
+      saved, position = checkpointer.restore(abstract.as_dict(base=config.lora.used))
+      state, base = resumed_state(config, abstract, saved, workdir), None
       batches.set_state(position)
       logging.info("%s: resuming %s at step %d", name, workdir, state.step)
     else:
-      state = init_state(config, tx, abstract)
+      state, base = init_state(config, tx, abstract)
     start = int(state.step)
     if start >= steps:
       return start
     if main_host:
       write_run(workdir, dataclasses.asdict(config), config.tokenizer, origin_folder(config))
+      if base is not None:
+        base.write(workdir)
       metrics_lib.truncate_after(workdir / "metrics.jsonl", start)
       write_problems(workdir / "skipped.jsonl", data)
       describe(config, abstract, data, steps)
@@ -137,14 +140,14 @@ def _train(config: RunConfig, workdir: Path, name: str, stop: Callable[[], bool]
         failed = int(metrics.pop("failed"))
         due = step == steps or stop() or failed > 0
         watch.at(f"save step {step}", step=step)
-        checkpointer.save(step, state.as_dict(), done.position, force=due)
+        checkpointer.save(step, state.as_dict(base=config.lora.used), done.position, force=due)
         figures = {}
         if measure and (step == steps or step % config.heldout.every == 0 and not due):
           with log.aside():
             figures = measure(state, step, watch, stop if step < steps else lambda: False)
           if figures is None:  # a stop signal came, and may leave little time
             due, figures = True, {}
-            checkpointer.save(step, state.as_dict(), done.position, force=True)
+            checkpointer.save(step, state.as_dict(base=config.lora.used), done.position, force=True)
         log.write(step, metrics | skipped(done.position) | figures,
                   usage(done.host, shape, config), waited=fetched.waited if batch else 0.0,
                   show=step % config.log_every == 0 or due or bool(figures))
@@ -168,12 +171,13 @@ _DATA_MAY_CHANGE = ("image_root", "on_error", "workers", "threads", "scan_limit"
 
 def check_same_run(workdir: Path, config: RunConfig) -> None:
   """Raises ConfigError if the run in `workdir` was of another model; warns of other differences."""
-  before = trees.flatten(_plain(read_run(workdir)[1]))
+  # Runs from before there were adapters say nothing of them.
+  before = trees.flatten(_plain({"lora": dataclasses.asdict(LoraConfig())} | read_run(workdir)[1]))
   now = trees.flatten(_plain(dataclasses.asdict(config)))
   changed = [k for k in before.keys() | now.keys() if before.get(k) != now.get(k)]
   tell = lambda k: f"{k.replace('/', '.')} was {before.get(k)} and is {now.get(k)}"
   for key in sorted(changed):
-    if key.split("/")[0] in ("model", "objective"):
+    if key.split("/")[0] in ("model", "objective", "lora") and key != "lora/dropout":
       raise ConfigError(f"workdir {workdir} holds another run: {tell(key)}; choose another workdir")
   free = lambda k: k.split("/")[0] in _MAY_CHANGE or k.removeprefix("data/") in _DATA_MAY_CHANGE
   if told := [tell(k) for k in sorted(changed) if not free(k)]:

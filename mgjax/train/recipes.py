@@ -28,6 +28,12 @@ def tune(projector: float = 1.0):
 TUNE_TEXT = (("^decoder/", 1.0),)
 
 
+def tune_adapters(sees: bool, projector: float = 1.0):
+  """The table of a run with adapters (config.lora); `projector` as in `tune`."""
+  rows = (("/lora_[ab]$", 1.0), ("^(mining|projector)/", projector), ("", None))
+  return rows if sees else (rows[0], rows[-1])
+
+
 # The parts of the released mixtures (R7), by the folder that their pictures lie in; the rest last.
 PRETRAIN_PARTS = (("LLaVA-Pretrain", "^images/"), ("ALLaVA-4V", "^ALLaVA-4V/"), ("other", ""))
 FINETUNE_PARTS = (

@@ -9,12 +9,15 @@ import optax
 from flax import nnx
 
 from mgjax import trees
+from mgjax.models.lora import set_dropout
 from mgjax.models.moe import balance_loss
 from mgjax.models.tagger import Tagger
 from mgjax.train.config import RunConfig
 from mgjax.train.loss import next_token_loss, tag_loss
 from mgjax.train.optimizer import make_schedule, mask_layers
 from mgjax.train.state import TrainState
+
+DROPOUT = 0x10A  # folded into a step's key for the adapters: drop path has the key itself
 
 
 def batch_loss(model: nnx.Module, batch: dict, rng: jax.Array | None, router_loss: float = 0.0):
@@ -49,13 +52,14 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
   def gradients(params, frozen, batch, rng):
     def loss_fn(params):
       model = nnx.merge(graphdef, trees.merge(params, frozen))
+      set_dropout(model, jax.random.fold_in(rng, DROPOUT))
       loss, terms = batch_loss(model, batch, rng, config.router_loss)
       return loss, terms
     (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return loss, terms, grads
 
   def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)  # for drop path
+    rng = jax.random.fold_in(jax.random.key(config.seed), state.step)  # for dropping
     if config.accumulate == 1:
       loss, terms, grads = gradients(state.params, state.frozen, batch, rng)
     else:

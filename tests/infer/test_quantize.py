@@ -17,18 +17,10 @@ from mgjax.infer.assistant import load
 from mgjax.infer.cache import cached_attention, quantized_vectors
 from mgjax.infer.engine import Engine, Prompt
 from mgjax.infer.programs import Programs
-from mgjax.infer.quantize import (
-    FEW_ROWS,
-    FEW_TOKENS,
-    FORMATS,
-    QuantizedMatrix,
-    dequantized,
-    load_quantized,
-    product,
-    quantize,
-    quantized,
-)
+from mgjax.infer.quantize import FEW_TOKENS, QuantizedMatrix, load_quantized, quantize
 from mgjax.infer.sampling import Sampling
+from mgjax.models import integers
+from mgjax.models.integers import FEW_ROWS, FORMATS, dequantized, product, quantized
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import make_mesh, mesh_context
 
@@ -263,7 +255,7 @@ def test_rows_together_are_rows_alone(mesh, name):
 # More devices.
 
 def on_eight_devices():
-  quantization.GROUP = 8  # else one device has larger groups
+  integers.GROUP = 8  # else one device has larger groups
   with jax.default_matmul_precision("highest"):
     one = make_mesh(devices=jax.devices()[:1])
     for decoder, shape, name in ((DENSE, {"tensor": 8}, "int8"),
