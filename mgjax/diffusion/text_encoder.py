@@ -1,17 +1,15 @@
 """CLIP's text transformer: what SDXL reads of a prompt."""
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mgjax.diffusion.config import TextEncoderConfig
 from mgjax.models.clip_block import ClipBlock, quick_gelu
-from mgjax.models.layers import Dense, LayerNorm, stack
+from mgjax.models.layers import Dense, LayerNorm, gelu, stack
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class TextEncoder(nnx.Module):

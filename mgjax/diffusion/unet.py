@@ -21,7 +21,7 @@ from mgjax.diffusion.layers import (
     spatial_attention,
     twice,
 )
-from mgjax.models.layers import LayerNorm, stack
+from mgjax.models.layers import LayerNorm, gelu, stack
 
 
 def wave_features(numbers: jax.Array, width: int) -> jax.Array:
@@ -78,7 +78,7 @@ class TransformerBlock(nnx.Module):
     x = in_strips(x + self.attn1(y, y))
     x = in_strips(x + self.attn2(self.norm2(x), context))
     values, gates = jnp.split(self.up(self.norm3(x)), 2, axis=-1)
-    return in_strips(x + self.down(values * jax.nn.gelu(gates, approximate=False)))
+    return in_strips(x + self.down(values * gelu(gates)))
 
 
 class Transformer(nnx.Module):

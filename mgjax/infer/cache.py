@@ -98,6 +98,7 @@ def _layer_shape(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                               sharding=NamedSharding(mesh, P(*spec[1:])))
 
 
+@jax.named_scope("decoder")
 def extend(decoder: Decoder, x: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array,
                                                                                     Cache]:
   """Reads L more positions of every row: a prompt, a new turn, or one token.
@@ -166,6 +167,7 @@ def quantized_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.round(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
+@jax.named_scope("attention")
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array,
                      window: int | None = None, k_scale: jax.Array | None = None,
                      v_scale: jax.Array | None = None) -> jax.Array:

@@ -216,6 +216,12 @@ class Programs:
 
   # Of a model made of ShapeDtypeStructs, to be compiled ahead of time.
 
+  def lower_encode(self, pictures: int, side: int) -> jax.stages.Lowered:
+    """Of so many pictures of that many pixels."""
+    pixels = self._shape((pictures, side, side, 3), jnp.uint8)
+    with mesh_context(self.mesh):
+      return self._encode.lower(self._params, pixels)
+
   def lower_prefill(self, length: int) -> jax.stages.Lowered:
     """Of a prompt of that length."""
     number, window = self._shape((), jnp.int32), self._shape((length,), jnp.int32)

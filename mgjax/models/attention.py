@@ -19,6 +19,7 @@ IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 SHORTEST = 256  # below, the kernel's blocks are mostly padding
 
 
+@jax.named_scope("attention")
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None,
               window: int | None = None, *, implementation: str = "auto") -> jax.Array:
   """Softmax attention; logits and softmax in float32.

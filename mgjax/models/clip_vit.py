@@ -36,6 +36,7 @@ class ClipVit(nnx.Module):
     self.unused_blocks = nnx.data(stack(unused, block, rngs) if unused else None)
     self.post_norm = LayerNorm(d, config.norm_eps)
 
+  @jax.named_scope("clip")
   def __call__(self, images: jax.Array) -> jax.Array:
     """images: normalised [N, s, s, 3] -> [N, T, D]."""
     n, p, side = images.shape[0], self.config.patch_size, self.config.side

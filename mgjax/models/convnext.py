@@ -82,6 +82,7 @@ class ConvNext(nnx.Module):
     self.stages = nnx.List([ConvNextStage(config, i, dtype=dtype, rngs=rngs)
                             for i in range(len(config.depths))])
 
+  @jax.named_scope("convnext")
   def __call__(self, images: jax.Array, rng: jax.Array | None = None) -> list[jax.Array]:
     """images: normalised [N, H, H, 3] -> [N, H/4, H/4, C0], [N, H/8, H/8, C1], ...
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mgjax.config import DecoderConfig
 from mgjax.models.attention import attention, rope, rope_frequencies
-from mgjax.models.layers import Dense, RmsNorm, stack
+from mgjax.models.layers import Dense, RmsNorm, gelu, stack
 from mgjax.models.lookup import lookup
 from mgjax.models.moe import Experts
 from mgjax.models.remat import remat
@@ -18,7 +18,7 @@ from mgjax.sharding import constrain, gathered
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
@@ -94,11 +94,13 @@ class Decoder(nnx.Module):
     self.head = nnx.data(None if config.tied_head else Dense(
         config.width, config.vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs))
 
+  @jax.named_scope("embedding")
   def embed(self, tokens: jax.Array) -> jax.Array:
     """int [B, L] -> [B, L, D] in the compute dtype."""
     x = lookup(self.embedding[...], tokens, self.dtype)
     return constrain(x, "batch", "seq", "act_embed")
 
+  @jax.named_scope("logits")
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[B, L, D] -> float32 [B, L, V]."""
     if self.head is None:
@@ -120,6 +122,7 @@ class Decoder(nnx.Module):
     # In float32: in bfloat16 sqrt(D) itself would be rounded.
     return (x.astype(jnp.float32) * self.config.width**0.5).astype(x.dtype)
 
+  @jax.named_scope("decoder")
   def __call__(self, x: jax.Array, positions: jax.Array,
                segment_ids: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Full pass over packed rows, for training and scoring.

@@ -10,7 +10,7 @@ from mgjax.models import images as views
 from mgjax.models.clip_vit import ClipVit
 from mgjax.models.convnext import ConvNext
 from mgjax.models.decoder import Decoder
-from mgjax.models.layers import new_dense
+from mgjax.models.layers import gelu, new_dense
 from mgjax.models.mining import PatchInfoMining
 from mgjax.models.remat import KEEP_ALL, RematConfig, remat
 from mgjax.sharding import constrain
@@ -23,10 +23,11 @@ class Projector(nnx.Module):
     make = lambda d: new_dense(d, d_out, ("embed", None), dtype=dtype, rngs=rngs)
     self.layers = nnx.List([make(d_in)] + [make(d_out) for _ in range(depth - 1)])
 
+  @jax.named_scope("projector")
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., d_in] -> [..., d_out]
     x = self.layers[0](x)
     for layer in self.layers[1:]:
-      x = layer(jax.nn.gelu(x, approximate=False))
+      x = layer(gelu(x))
     return x
 
 
@@ -73,6 +74,7 @@ class MiniGemini(nnx.Module):
     x = self.projector(x)
     return constrain(x.reshape(n, self.config.visual_tokens, -1), "batch", "seq", "act_embed")
 
+  @jax.named_scope("mining")
   def _mine(self, mining, x, maps):
     """x [N*tiles, t, D] -> what each tile's tokens mine, likewise."""
     whole, tiles = views.split_views(x, self.config)

@@ -33,7 +33,7 @@ STEPS = 10_000  # of the schedule; what is compiled does not depend on it
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """A program of the engine, "prefill" or "decode", with its weights quantised (a name in
+  """A program of the engine, "encode", "prefill" or "decode", with its weights quantised (a name in
   `infer.quantize.FORMATS`), and its cache of that dtype (in `infer.cache.CACHE_DTYPES`), or not."""
 
   program: str
@@ -49,7 +49,8 @@ class Generation:
 @dataclasses.dataclass(frozen=True)
 class Request:
   """What of a config is to be compiled: "train" with a format of batches, or a program of the
-  engine with so many rows of so many positions (prefill) or cache slots (decode).  A `Job`."""
+  engine with so many rows of so many positions (prefill) or cache slots (decode), or for so many
+  pictures (encode).  A `Job`."""
 
   config: RunConfig
   what: str | Generation
@@ -100,6 +101,8 @@ def _train_step(config, shape, mesh):
 
 def _generation(config, request, mesh):
   config = dataclasses.replace(config, lora=LoraConfig())  # adapters are merged when it is loaded
+  if request.what.program == "encode" and config.model.vision is None:
+    raise ConfigError("--encode: this model sees no pictures; use --prefill or --decode")
   rows, length = request.rows or batch_shards(mesh), request.length
   if rows % batch_shards(mesh):
     raise ConfigError(f"--rows={rows} does not divide among data x fsdp x expert = "
@@ -113,6 +116,8 @@ def _generation(config, request, mesh):
     if wanted.quantize:
       quantize(model, wanted.quantize)
     programs = Programs(model, mesh, rows, length, wanted.cache_dtype)
+    if wanted.program == "encode":
+      return _encode(config, programs, rows)
     if wanted.program == "prefill":
       lowered, told = programs.lower_prefill(length), f"a prompt of {length}, {rows} rows"
       positions, pairs = length, pairs_seen(length)
@@ -125,6 +130,15 @@ def _generation(config, request, mesh):
                  {"params": weights, "batch": cache},
                  reads=_read_weights(model.decoder) + cache if wanted.program == "decode" else 0,
                  loops=-(-length // BLOCK)), lowered
+
+
+def _encode(config, programs, pictures):
+  side = config.model.hr_size
+  work = Work(0, 0, pictures, side)
+  return Program(f"encode, {pictures} pictures of {side} pixels", dict(programs.mesh.shape),
+                 sum(model_flops(config, work).forward.values()), 0, pictures,
+                 {"params": bytes_a_chip(nnx.state(programs.model))}
+                 ), programs.lower_encode(pictures, side)
 
 
 def _read_weights(decoder) -> int:

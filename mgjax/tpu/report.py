@@ -62,6 +62,7 @@ class Report:
   links: float
   exposed: float
   by_source: dict[str, float]
+  by_part: dict[str, float]
   bound: float
   binds: str
   expected: float
@@ -101,7 +102,7 @@ def report(program: Program, compiled: Compiled, mesh: Mesh, chosen: Slice) -> R
       compiled.whole, round(compiled.seconds, 1), memory(program, compiled, chip), needed,
       guess.flops, guess.kernel_flops, guess.hbm_bytes, program.reads, _collectives(guess),
       guess.products, guess.core, guess.compiler, guess.memory, guess.links, guess.exposed,
-      guess.by_source, guess.bound, guess.binds, guess.expected, factor, step,
+      guess.by_source, guess.by_part, guess.bound, guess.binds, guess.expected, factor, step,
       needed / chip.peak / guess.bound, needed / chip.peak / step,
       program.positions / chips / step, program.images / chips / step,
       program.fill and program.fill.tokens, program.fill and program.fill.batches * step / 3600,
@@ -124,9 +125,16 @@ def _collectives(guess: Estimate) -> tuple[dict[str, Any], ...]:
   return tuple(sorted(rows, key=lambda row: -row["seconds"]))
 
 
+def _ms(seconds: float) -> str:
+  return f"{1e3 * seconds:.1f} ms"
+
+
+def _shares(seconds: dict[str, float]) -> str:
+  return ", ".join(f"{k} {_ms(v)}" for k, v in sorted(seconds.items(), key=lambda kv: -kv[1]))
+
+
 def _text(r: Report) -> str:
-  gib = lambda n: f"{n / _GIB:.2f} GiB"
-  ms = lambda s: f"{1e3 * s:.1f} ms"
+  gib, ms = lambda n: f"{n / _GIB:.2f} GiB", _ms
   m, mesh = r.memory, " x ".join(f"{a} {n}" for a, n in r.mesh.items()) or "one device"
   lines = [
       f"{r.program}: {'compiled' if r.whole else 'scheduled (a sketch)'} for {r.slice} ({r.chips} "
@@ -150,9 +158,9 @@ def _text(r: Report) -> str:
       f"at full rates   products {ms(r.products)}, memory {ms(r.memory_time)}, links {ms(r.links)}",
       f"lower bound     {ms(r.bound)} ({r.binds} bind{'s' * (r.binds == 'memory')}): MFU at most "
       f"{r.mfu_bound:.1%}",
-      f"estimates       core {ms(r.core)} ("
-      + ", ".join(f"{k} {ms(v)}" for k, v in sorted(r.by_source.items(), key=lambda kv: -kv[1]))
-      + f"), links that it waits for {ms(r.exposed)}",
+      f"estimates       core {ms(r.core)} ({_shares(r.by_source)}), links that it waits for "
+      f"{ms(r.exposed)}",
+      f"                the core by part: {_shares(r.by_part)}",
       *([f"                the compiler's cycles: {ms(r.compiler)}, on fusions only"]
         if r.compiler else []),
       f"estimated time  {ms(r.step)} (model {ms(r.expected)} x calibration {r.calibration:.2f}): "

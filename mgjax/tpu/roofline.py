@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from mgjax.chips import Chip
 from mgjax.tpu.hlo import Instruction, Module
@@ -16,6 +17,10 @@ NOT_COUNTED = (
     "the longer branch of a condition: rows beyond twice an even share of the experts",
     "shape-dependent speed of Pallas kernels (a fixed share of the peak is assumed)",
 )
+
+# The model's parts, as `jax.named_scope` says in its code, and so each operation's name.
+PARTS = ("clip", "convnext", "mining", "projector", "embedding", "decoder", "logits", "loss",
+         "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Estimate:
                                    # core, memory and links, and what is exposed
   by_source: dict[str, float]      # seconds of the core by where the operations come from; of a
                                    # program without gradients by what they are
+  by_part: dict[str, float]        # the same seconds by PARTS; "decoder attention" is apart
   collectives: tuple[tuple[Collective, float], ...]  # and how often they run
 
   @property
@@ -65,7 +71,7 @@ def estimate(module: Module, chip: Chip, network: Network, own_rows: float = 1,
       walk.flops, walk.kernel_flops, walk.bytes, walk.flops / chip.peak, walk.core, walk.compiler,
       walk.bytes / chip.hbm_bandwidth, links,
       sum(c.seconds * times for c, times in walk.found if not c.hidden), expected,
-      walk.sources if len(walk.sources) > 1 else walk.kinds, tuple(walk.found))
+      walk.sources if len(walk.sources) > 1 else walk.kinds, walk.parts, tuple(walk.found))
   if result.core < 0.999 * result.products:
     raise ValueError(f"{result.core:.4f} s for {result.flops:.4g} operations is above the peak "
                      f"rate of a {chip.name}")
@@ -82,6 +88,7 @@ class _Walk:
     self.flops = self.kernel_flops = self.bytes = self.core = self.compiler = 0.0
     self.sources: dict[str, float] = {}
     self.kinds: dict[str, float] = {}
+    self.parts: dict[str, float] = {}
     self.found: list[tuple[Collective, float]] = []
 
   def region(self, computation: str, times: float) -> float:
@@ -122,7 +129,8 @@ class _Walk:
     self.compiler += (price.compiler or 0.0) * times
     self.found += [(c, times) for c in own]
     if price.seconds:
-      for sums, key in ((self.sources, _source(i.op_name)), (self.kinds, _kind(i, price))):
+      for sums, key in ((self.sources, _source(i.op_name)), (self.kinds, _kind(i, price)),
+                        (self.parts, _part(i.op_name))):
         sums[key] = sums.get(key, 0.0) + price.seconds * times
 
 
@@ -133,6 +141,17 @@ def _source(op_name: str) -> str:
   if "transpose(" in op_name:
     return "backward"
   return "forward" if "jvp" in op_name else "other"
+
+
+def _part(op_name: str) -> str:
+  """Which of PARTS an operation belongs to.
+
+  >>> _part("jit(step)/transpose(jvp(decoder))/while/body/checkpoint/attention/dot_general")
+  'decoder attention'
+  """
+  scopes = re.findall(r"\w+", op_name)
+  part = next((s for s in scopes if s in PARTS), "other")
+  return "decoder attention" if part == "decoder" and "attention" in scopes else part
 
 
 def _kind(i: Instruction, price: Cost) -> str:

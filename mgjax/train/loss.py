@@ -26,6 +26,7 @@ def token_loss(logits: jax.Array, targets: jax.Array,
 CHUNK_BYTES = 2**29  # of a device's scores at a time
 
 
+@jax.named_scope("loss")
 def next_token_loss(hidden: jax.Array, weights: jax.Array, axes: tuple[str, str],
                     targets: jax.Array, mask: jax.Array, *,
                     chunk_bytes: int = CHUNK_BYTES) -> tuple[jax.Array, jax.Array]:

@@ -75,8 +75,9 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
     grads = mask_layers(jax.tree.map(lambda g: g / terms, grads), config.optimizer.table)
     norm = optax.tree.norm(grads)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
     new = TrainState(state.step + 1, params, state.frozen, opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

@@ -87,6 +87,14 @@ def test_the_command_on_a_tiny_model(tmp_path):
   told = json.loads((tmp_path / "r.json").read_text())
   assert told["fits"] and told["chips"] == 4 and told["mesh"] == {"fsdp": 4}
   assert told["step"] >= told["bound"] > 0
+  assert {*roofline.PARTS, "decoder attention"} - {"logits"} <= told["by_part"].keys()
+  assert sum(told["by_part"].values()) == pytest.approx(told["core"])
+  done = command(f"--out={tmp_path / 'e.json'}", "--encode", "--rows=8", "--sketch")
+  assert done.returncode == 0, done.stderr
+  told = json.loads((tmp_path / "e.json").read_text())
+  assert told["program"] == "encode, 8 pictures of 128 pixels"
+  assert {"clip", "convnext", "mining", "projector"} <= told["by_part"].keys()
+  assert "decoder" not in told["by_part"]
 
 
 @pytest.mark.parametrize("kwargs, said", [
@@ -94,6 +102,7 @@ def test_the_command_on_a_tiny_model(tmp_path):
     (dict(config="configs/stage2.py:mgm-8b,what"), "what"),
     (dict(config=None), "only --draw needs none"),
     (dict(config=None, args=["--draw", "--decode"]), "--draw: without"),
+    (dict(args=["--encode", "--decode"]), "one program at a time"),
     (dict(config=None, args=["--draw", "--size=big"]), "--size: 'big' is no size")])
 def test_mistakes_are_one_line(kwargs, said):
   done = command(*kwargs.pop("args", ()), **kwargs)
