@@ -39,10 +39,12 @@ class TextEncoder(nnx.Module):
     """ids int32 [N, L] -> (hidden [N, L, D], pooled [N, P] or None)."""
     x = (self.token_embedding[...].astype(self.dtype)[ids]
          + self.position_embedding[...].astype(self.dtype)[:ids.shape[1]])
-    hidden, _ = jax.lax.scan(lambda x, block: (block(x), None), x, self.blocks)
+    (_, length, d) = x.shape
+    rows, _ = jax.lax.scan(lambda x, block: (block(x, length), None), x.reshape(-1, d), self.blocks)
+    hidden = rows.reshape(x.shape)
     if self.projection is None:
       return hidden, None
     eos = self.config.eos_id
     end = jnp.argmax(ids if eos == 2 else ids == eos, axis=1)  # the first where there are several
-    last = self.final_norm(self.last(hidden))
+    last = self.final_norm(self.last(rows, length)).reshape(x.shape)
     return hidden, self.projection(jnp.take_along_axis(last, end[:, None, None], 1)[:, 0])

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mgjax.config import ClipVitConfig
 from mgjax.models.clip_block import ClipBlock
-from mgjax.models.layers import Dense, LayerNorm, stack
+from mgjax.models.layers import Dense, TowerNorm, stack
 from mgjax.models.remat import remat
 from mgjax.sharding import constrain, gathered
 
@@ -29,12 +29,12 @@ class ClipVit(nnx.Module):
     self.class_embedding = nnx.Param(normal(rngs(), (d,)), out_sharding=("embed",))
     self.position_embedding = nnx.Param(
         normal(rngs(), (tokens + 1, d)), out_sharding=(None, "embed"))
-    self.pre_norm = LayerNorm(d, config.norm_eps)
+    self.pre_norm = TowerNorm(d, config.norm_eps)
     block = lambda r: ClipBlock(config, attention=attention, dtype=dtype, rngs=r)
     self.blocks = stack(config.used_depth, block, rngs)
     unused = config.depth - config.used_depth
     self.unused_blocks = nnx.data(stack(unused, block, rngs) if unused else None)
-    self.post_norm = LayerNorm(d, config.norm_eps)
+    self.post_norm = TowerNorm(d, config.norm_eps)
 
   @jax.named_scope("clip")
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ class ClipVit(nnx.Module):
     first = jnp.broadcast_to(first, (n, 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1)
     x = x + gathered(self.position_embedding[...].astype(x.dtype), None, "embed")
-    x = constrain(self.pre_norm(x), "batch", "seq", "act_embed")
-    body = remat(self.remat_policy)(lambda x, block: (block(x), None))
-    x, _ = jax.lax.scan(body, x, self.blocks)
-    return x[:, 1:]
+    x, (_, tokens, d) = constrain(self.pre_norm(x), "batch", "seq", "act_embed"), x.shape
+    body = remat(self.remat_policy)(lambda x, block: (block(x, tokens), None))
+    x, _ = jax.lax.scan(body, x.reshape(-1, d), self.blocks)
+    return x.reshape(n, tokens, d)[:, 1:]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgjax.kernels import depthwise as kernels
-from mgjax.models.layers import standardize
+from mgjax.models.layers import plain_layer_norm
 from mgjax.models.platforms import core_memory, on_each_device, platform, say_once
 from mgjax.sharding import batch_shards
 
@@ -30,7 +30,7 @@ def depthwise_norm(x: jax.Array, kernel: jax.Array, bias: jax.Array, scale: jax.
     implementation = _chosen(x, kernel)
   if implementation == "kernel":
     return _by_kernels(x, kernel, bias, scale, shift, eps)
-  return _norm(depthwise_conv(x, kernel) + bias.astype(x.dtype), scale, shift, eps)
+  return plain_layer_norm(depthwise_conv(x, kernel) + bias.astype(x.dtype), scale, shift, eps)
 
 
 def _chosen(x, kernel):
@@ -45,10 +45,6 @@ def _chosen(x, kernel):
   return "xla"
 
 
-def _norm(y, scale, shift, eps):
-  return (standardize(y, eps) * scale + shift).astype(y.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _by_kernels(x, kernel, bias, scale, shift, eps):
   local = functools.partial(kernels.depthwise_norm, eps=eps, interpret=platform() != "tpu")
@@ -61,13 +57,14 @@ def _kernels_forward(x, kernel, bias, scale, shift, eps):
   x, kernel, bias, scale, shift = (a.value for a in (x, kernel, bias, scale, shift))
   y = on_each_device(_convolve, (x,), (kernel, bias))
   saved = kernel if of_map else None, x if of_taps else None, (kernel[0, 0, :0], bias[:0])
-  return _norm(y, scale, shift, eps), (y, scale, shift, *saved)
+  return plain_layer_norm(y, scale, shift, eps), (y, scale, shift, *saved)
 
 
 def _kernels_backward(eps, saved, g):
   y, scale, shift, kernel, x, (like_kernel, like_bias) = saved
   d_x = d_kernel = d_bias = None
-  d_y, d_scale, d_shift = jax.vjp(functools.partial(_norm, eps=eps), y, scale, shift)[1](g)
+  norm = functools.partial(plain_layer_norm, eps=eps)
+  d_y, d_scale, d_shift = jax.vjp(norm, y, scale, shift)[1](g)
   if kernel is not None:  # the same convolution with the kernel turned round
     d_x = on_each_device(_convolve, (d_y,), (kernel[::-1, ::-1], jnp.zeros(kernel.shape[2:])))
   if x is not None:

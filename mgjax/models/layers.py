@@ -1,12 +1,15 @@
 """Small parts that every tower uses: dense layers, norms, stacks run by scan."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mgjax.kernels import layer_norm as kernels
+from mgjax.models.platforms import on_each_device, platform
 from mgjax.sharding import gathered
 
 Dtype = jnp.dtype
@@ -85,8 +88,38 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(width), out_sharding=("norm",))
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., C] -> [..., C]
-    y = standardize(x, self.eps) * self.scale[...] + self.bias[...]
-    return y.astype(x.dtype)
+    return plain_layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+def plain_layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
+  """LayerNorm as XLA runs it: [..., C], scale and shift [C] -> as x."""
+  return (standardize(x, eps) * scale + shift).astype(x.dtype)
+
+
+class TowerNorm(LayerNorm):
+  """LayerNorm of what only the batch is split of: on a TPU by a kernel."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:  # [N, ..., C] -> [N, ..., C]
+    if platform() == "tpu" and kernels.fits(x.shape, x.dtype):
+      return _by_kernel(x, self.scale[...], self.bias[...], self.eps)
+    return super().__call__(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernel(x, scale, shift, eps):
+  local = functools.partial(kernels.layer_norm, eps=eps, interpret=platform() != "tpu")
+  return on_each_device(local, (x,), (scale, shift))
+
+
+def _forward(x, scale, shift, eps):
+  return _by_kernel(x, scale, shift, eps), (x, scale, shift)
+
+
+def _backward(eps, saved, g):
+  return jax.vjp(functools.partial(plain_layer_norm, eps=eps), *saved)[1](g)
+
+
+_by_kernel.defvjp(_forward, _backward)
 
 
 def standardize(x: jax.Array, eps: float) -> jax.Array:

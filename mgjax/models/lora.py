@@ -82,6 +82,8 @@ QUANTIZED_PART = re.compile(r"/kernel/\d+$")  # of a kernel that `LoraConfig.bas
 # Layers whose matrix is read otherwise than by a product with it, and why that is in the way.
 _REFUSED = {
     r"decoder/head": "the loss reads it piece by piece; train it whole by config.optimizer.table",
+    r"vision_hr/(stem|stages/\d/down)": "TPUs have their own forms for them; train them whole by "
+    "config.optimizer.table",
     r"mining/key/dense": "queries go through its matrix; train it whole by config.optimizer.table",
     r"decoder/blocks/experts/(gate|up|down)": "experts are multiplied group by group; leave them "
     "out: --config.lora.pattern='^decoder/blocks/(q|k|v|out)$'"}

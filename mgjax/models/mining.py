@@ -10,7 +10,7 @@ from flax import nnx
 
 from mgjax.kernels.mining import mine_maps, why_not
 from mgjax.models.convnext import concatenated_features
-from mgjax.models.layers import LayerNorm, new_dense
+from mgjax.models.layers import TowerNorm, new_dense
 from mgjax.models.platforms import core_memory, on_each_device, platform, say_once
 from mgjax.sharding import constrain, gathered
 
@@ -19,7 +19,7 @@ class NormedDense(nnx.Module):
   """LayerNorm, then a linear layer."""
 
   def __init__(self, d_in: int, d_out: int, eps: float, *, dtype, rngs: nnx.Rngs):
-    self.norm = LayerNorm(d_in, eps)
+    self.norm = TowerNorm(d_in, eps)
     self.dense = new_dense(d_in, d_out, ("embed", None), dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [..., d_in] -> [..., d_out]

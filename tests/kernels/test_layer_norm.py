@@ -1,0 +1,60 @@
+"""The TPU's LayerNorm against the plain form, step by step, and where it is used."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mgjax.kernels.layer_norm import fits, layer_norm
+from mgjax.models import layers
+from mgjax.models.layers import TowerNorm, plain_layer_norm
+from mgjax.sharding import make_mesh, mesh_context
+
+
+def arguments(shape, dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(3 + rng.normal(size=shape), dtype)
+  return x, *(jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
+
+
+@pytest.mark.parametrize("shape, dtype, bar", [
+    ((2, 7, 5, 100), jnp.float32, 1e-5),   # nothing is a whole register
+    ((3, 577, 256), jnp.float32, 1e-5),    # chunks, and one row left over
+    ((700, 8, 192), jnp.bfloat16, 2e-2),   # several blocks, the last beyond the end
+    ((2, 1100, 512), jnp.float32, 1e-5),   # blocks of rows, the last beyond the end
+    ((33, 64), jnp.bfloat16, 2e-2)])
+def test_is_the_plain_form(shape, dtype, bar):
+  args = arguments(shape, dtype)
+  got = layer_norm(*args, 1e-6, interpret=True)
+  assert got.shape == shape and got.dtype == dtype
+  want = plain_layer_norm(args[0].astype(jnp.float32), *args[1:], 1e-6)
+  np.testing.assert_allclose(got.astype(jnp.float32), want, atol=bar, rtol=bar / 4)
+
+
+def test_rows_that_are_too_long_are_left_to_xla():
+  assert fits((4616, 1024), jnp.bfloat16) and fits((1, 192, 192, 384), jnp.float32)
+  assert not fits((8, 2**16), jnp.float32) and not fits((8, 16, 64), jnp.float16)
+
+
+def test_gradients(monkeypatch):
+  """Of the layer as a TPU has it."""
+  args, g = arguments((2, 9, 48), jnp.float32), jnp.asarray(np.random.default_rng(1).normal(
+      size=(2, 9, 48)), jnp.float32)
+
+  def run(norm):
+    return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(norm(*a) * g), (0, 1, 2)))(*args)
+
+  def of_layer(x, scale, shift):
+    layer = TowerNorm(48, 1e-6)
+    layer.scale[...], layer.bias[...] = scale, shift
+    return layer(x)
+
+  def on_tpu():
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(layers.kernels, "layer_norm", lambda *a, eps, interpret: layer_norm(
+        *a, eps, interpret=True))
+
+  with mesh_context(make_mesh(devices=jax.devices()[:1])):
+    want = run(of_layer)
+    on_tpu()
+    assert "layer_norm" in str(jax.make_jaxpr(of_layer)(*args))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(of_layer), want)
