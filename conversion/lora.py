@@ -23,8 +23,8 @@ from conversion.config import read_json
 from conversion.store import Array, Reader, Writer, parameter_shapes
 from conversion.tensors import ConversionError, Header, Tensors, open_file
 from conversion.transfer import Job, finished_folder, run_jobs
-from mgjax.adapter_base import Base, checksum, read_base
-from mgjax.checkpoint import ORIGIN, TOKENIZER, read_run, write_run
+from mgjax.adapter_base import Base, checksum_on_host, read_base
+from mgjax.checkpoint import ORIGIN, TOKENIZER, lora_of, read_run, write_run
 from mgjax.config import ConfigError, ModelConfig, build
 from mgjax.models.lora import ADAPTER, LoraConfig, merged
 
@@ -40,8 +40,8 @@ class MergedReader:
   def __init__(self, step_dir: Path, base: Base, lora: LoraConfig, frozen_dtype: str):
     self.step_dir, self._lora, self._dtype = step_dir, lora, np.dtype(frozen_dtype)
     self.own = Reader(step_dir)
-    readers = {folder: Reader(folder) for folder, _ in base.parameters.values()}
-    self._homes = {k: readers[folder] for k, (folder, _) in base.parameters.items()}
+    self._homes = readers_of(base)
+    _check(base, self._homes, self._dtype)
     self._homes |= {k: self.own for k in self.own.arrays if not ADAPTER.search(k)}
     self._changed = set(lora.changes(self._homes))
     kept = lambda k, reader: reader.arrays[k][1] if reader is self.own else self._dtype
@@ -67,31 +67,26 @@ def _merge(kernel, lora, pair):
 
 
 def open_reader(step_dir: Path) -> Reader | MergedReader:
-  """The parameters of a run, adapters merged.  Raises ConversionError, BaseError, CheckpointError.
-  """
+  """The parameters of a run, adapters merged.  Raises ConversionError, CheckpointError."""
   base = read_base(step_dir.parent.parent)
   if base is None:
     return Reader(step_dir)
   run = read_run(step_dir, None)[1]
-  _check(base, run["frozen_dtype"])
   return MergedReader(step_dir, base, lora_of(run, step_dir), run["frozen_dtype"])
 
 
-def lora_of(run: dict, where: Path) -> LoraConfig:
-  """What a run's config.json says of adapters."""
-  return build(LoraConfig, run.get("lora", {}), f"{where}: lora")
+def readers_of(base: Base) -> dict[str, Reader]:
+  """For each parameter of a base a reader of the folder that holds it, one for each folder."""
+  readers = {folder: Reader(folder) for folder in {f for f, _ in base.parameters.values()}}
+  return {k: readers[folder] for k, (folder, _) in base.parameters.items()}
 
 
-def _check(base: Base, frozen_dtype: str) -> None:
-  """Raises ConversionError if a base is not what the adapters were trained on.  Norms and biases
+def _check(base: Base, homes: Mapping[str, Reader], dtype: np.dtype) -> None:
+  """Raises CheckpointError if a base is not what the adapters were trained on.  Norms and biases
   are looked at, which are quickly read, and differ wherever something was trained."""
-  readers = {folder: Reader(folder) for folder, _ in base.parameters.values()}
-  for path, (folder, known) in base.parameters.items():
+  for path in base.parameters:
     if re.search(r"(scale|bias)$", path):
-      value = readers[folder].read(path, ()).astype(np.dtype(frozen_dtype))
-      if checksum(jnp.asarray(value)) != known:
-        raise ConversionError(f"{folder}: {path} is not what the adapters were trained on; they "
-                              "belong to another base model")
+      base.check(path, checksum_on_host(homes[path].read(path, ()).astype(dtype)))
 
 
 def _names(model: ModelConfig, path: str) -> dict[tuple[int, ...], str]:
@@ -104,7 +99,7 @@ def export_peft(path: Path, output: Path, dtype: np.dtype | None) -> None:
   """Writes the adapters of a run as a folder of peft.  Raises ConversionError."""
   step_dir, run = read_run(path)
   lora = lora_of(run, step_dir)
-  if read_base(step_dir.parent.parent) is None or not lora.rank:
+  if not lora.rank:
     raise ConversionError(f"{path}: this run has no adapters; --peft needs one of configs/lora.py")
   model, reader = build(ModelConfig, run["model"], f"{path}: model"), Reader(step_dir)
   headers, entries, modules = {}, {}, set()
@@ -118,12 +113,12 @@ def export_peft(path: Path, output: Path, dtype: np.dtype | None) -> None:
       modules.add(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)))
   read = lambda key: reader.read(*entries[key]).T.astype(headers[key].dtype)
   rows = [r for r in mapping.all_rows(model) if r.path in reader.arrays]
-  rest = {f"{_PREFIX}{r.hf}": r for r in rows}
-  whole = Tensors(str(step_dir), {
-      k: Header(r.form.there(reader.arrays[r.path][0][len(r.at):]),
-                dtype or reader.arrays[r.path][1], step_dir) for k, r in rest.items()},
-      lambda k: rest[k].form.save(reader.read(rest[k].path, rest[k].at)).astype(
-          whole.headers[k].dtype))
+  rest, whole = {f"{_PREFIX}{r.hf}": r for r in rows}, {}
+  for key, row in rest.items():
+    shape, saved = reader.arrays[row.path]
+    whole[key] = Header(row.form.there(shape[len(row.at):]), dtype or saved, step_dir)
+  read_whole = lambda key: rest[key].form.save(
+      reader.read(rest[key].path, rest[key].at)).astype(whole[key].dtype)
   with finished_folder(output) as part:
     (part / CONFIG_FILE).write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha,
@@ -134,7 +129,8 @@ def export_peft(path: Path, output: Path, dtype: np.dtype | None) -> None:
     shards = [Shards(part, WEIGHTS.removesuffix(".safetensors"),
                      Tensors(str(step_dir), headers, read), [sorted(headers)], indexed=False)]
     if rest:
-      shards.append(Shards(part, TRAINED, whole, [sorted(rest)], indexed=False))
+      shards.append(Shards(part, TRAINED, Tensors(str(step_dir), whole, read_whole),
+                           [sorted(whole)], indexed=False))
     write_shards(shards)
   if lora.base:
     print(f"note: these adapters were trained on {lora.base} weights; on others they answer a "
@@ -181,13 +177,12 @@ def import_peft(folder: Path, base_path: Path, output: Path) -> None:
         raise ConversionError(f"{whole.where}: {key} {header.shape} does not fit {base_path}")
       arrays[row.path] = Array(shapes[row.path], np.dtype(np.float32), len(row.at))
       jobs.append((row.path, row.at, whole, key, row.form.load))
-  dtype, reader = run["frozen_dtype"], Reader(step_dir)
+  dtype, reader = np.dtype(run["frozen_dtype"]), Reader(step_dir)
   with finished_folder(output) as part:
     folders = {name: step_dir.parent.parent / name for name in (TOKENIZER, ORIGIN)}
     there = {name: f if f.is_dir() else None for name, f in folders.items()}
     write_run(part, run | {"lora": dataclasses.asdict(lora)}, there[TOKENIZER], there[ORIGIN])
-    whole_of = lambda k: np.asarray(reader.read(k, ()))
-    Base({k: (step_dir, checksum(jnp.asarray(whole_of(k).astype(np.dtype(dtype)))))
+    Base({k: (step_dir, checksum_on_host(reader.read(k, ()).astype(dtype)))
           for k in shapes if k not in arrays}).write(part, at=output)
     writer = Writer(part, arrays)
     run_jobs("reading", [Job(t.headers[key].nbytes, functools.partial(

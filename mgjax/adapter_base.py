@@ -16,17 +16,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mgjax.config import CheckpointError, build
 from mgjax.models.lora import LoraConfig, merged
 
 BASE = "base.json"
 Read = Callable[[Path, dict[str, jax.ShapeDtypeStruct]], dict[str, jax.Array]]
-
-
-class BaseError(ValueError):
-  """A base that is missing, or another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +45,50 @@ class Base:
     unfinished.write_text(text + "\n")
     unfinished.rename(run / BASE)
 
-  def read(self, read: Read, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """These parameters, by `read(folder, wanted)`, in the dtype that they were trained against.
-
-    Raises BaseError for one that is not what it was.
-    """
+  def read(self, read: Read, wanted: Mapping[str, jax.ShapeDtypeStruct]
+           ) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """These parameters, by `read(folder, wanted)`, in the dtype that they were trained against, and
+    their checksums.  Raises CheckpointError for one that is not what it was."""
     if unknown := sorted(set(wanted) - set(self.parameters)):
-      raise BaseError(f"{BASE} does not name {unknown[0]} ({len(unknown)} such); it belongs to "
-                      "another model")
+      raise CheckpointError(f"{BASE} does not name {unknown[0]} ({len(unknown)} such); it belongs "
+                            "to another model")
     values = {}
     for folder in {self.parameters[k][0] for k in wanted}:
       values |= read(folder, {k: v for k, v in wanted.items() if self.parameters[k][0] == folder})
-    for path, value in values.items():
-      folder, known = self.parameters[path]
-      if known not in (None, checksum(value)):
-        raise BaseError(f"{folder}: {path} is not what the adapters were trained on; they belong "
-                        "to another base model")
-    return values
+    found = checksums(values)
+    for path in values:
+      self.check(path, found[path])
+    return values, found
+
+  def check(self, path: str, checksum: int) -> None:
+    """Raises CheckpointError if a parameter with this checksum is not what it was."""
+    folder, known = self.parameters[path]
+    if known not in (None, checksum):
+      raise CheckpointError(f"{folder}: {path} is not what the adapters were trained on; they "
+                            "belong to another base model")
 
 
 def read_base(run: Path) -> Base | None:
   """The base of a run's folder; None for a run that holds all its parameters itself.
 
   A base is looked for where it was, seen from the run (both may have moved), then at its old path.
-  Raises BaseError if it is at neither.
+  Raises CheckpointError if it is at neither.
   """
-  if not (run / BASE).is_file():
-    return None
   try:
+    if not (run / BASE).is_file():
+      config = run / "config.json"
+      lora = json.loads(config.read_text()).get("lora") if config.is_file() else None
+      if lora and build(LoraConfig, lora, f"{config}: lora").used:
+        raise CheckpointError(f"{run / BASE}, which says where the base of its adapters lies, is "
+                              "lost; put it back")
+      return None
     told = json.loads((run / BASE).read_text())
     folders = [_found(run, entry) for entry in told["folders"]]
     return Base({k: (folders[i], int(checksum, 16))
                  for k, (i, checksum) in told["parameters"].items()})
   except (KeyError, TypeError, IndexError, json.JSONDecodeError) as e:
-    raise BaseError(f"{run / BASE}: cannot be read ({type(e).__name__}: {e})") from e
+    raise CheckpointError(f"{run}: its {BASE} or config.json cannot be read ({type(e).__name__}: "
+                          f"{e})") from e
 
 
 def _found(run: Path, entry: Mapping[str, str]) -> Path:
@@ -88,25 +96,45 @@ def _found(run: Path, entry: Mapping[str, str]) -> Path:
   for place in places:
     if (place / "state").is_dir():
       return place
-  raise BaseError(f"{run}: its adapters need the base model at {places[1]}, which is not there; "
-                  f"put it back, or write where it is now into {run / BASE} (\"path\")")
+  raise CheckpointError(
+      f"{run}: its adapters need the base model at {places[1]}, which is not there; put it back, "
+      f"or write where that step of it, checkpoints/<step>, is now into {run / BASE} (\"path\")")
 
 
-def checksum(x: jax.Array) -> int:
-  """32 bits of all bits of an array, the same however it is cut."""
-  return int(_checksum(x))
+def checksums(values: Mapping[str, jax.Array]) -> dict[str, int]:
+  """32 bits of all bits of each array, the same however it is cut."""
+  return {k: int(n) for k, n in _checksums(dict(values)).items()}
 
 
-@jax.jit
-def _checksum(x):
-  bits = x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  at = jnp.uint32(0)
-  for axis in range(x.ndim):
-    stride = math.prod(x.shape[axis + 1:]) % 2**32
-    at = at + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-  mixed = (bits ^ at * jnp.uint32(0x9E3779B1)) * jnp.uint32(0x85EBCA6B)
-  mixed = (mixed ^ mixed >> 15) * jnp.uint32(0xC2B2AE35)
-  return jnp.sum(mixed ^ mixed >> 13, dtype=jnp.uint32)
+@jax.jit  # all at once: one compilation, not one for each shape
+def _checksums(values):
+  def one(x):
+    at = jnp.uint32(0)
+    for axis in range(x.ndim):
+      stride = math.prod(x.shape[axis + 1:]) % 2**32
+      at = at + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    bits = x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    return jnp.sum(_mixed(bits, at), dtype=jnp.uint32)
+  return {k: one(x) for k, x in values.items()}
+
+
+def checksum_on_host(x: np.ndarray) -> int:
+  """As `checksums`, of an array in the host's memory: nothing is compiled, nothing copied whole."""
+  bits, total = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}"), 0
+  for start in range(0, bits.size, _PIECE):
+    piece = bits[start:start + _PIECE].astype(np.uint32)
+    at = np.arange(start, start + piece.size, dtype=np.uint64).astype(np.uint32)
+    total += int(_mixed(piece, at).sum(dtype=np.uint64))
+  return total % 2**32
+
+
+_PIECE = 2**18  # elements, whose intermediate results stay in a core's cache
+
+
+def _mixed(bits, at):
+  mixed = (bits ^ at * np.uint32(0x9E3779B1)) * np.uint32(0x85EBCA6B)
+  mixed = (mixed ^ mixed >> np.uint32(15)) * np.uint32(0xC2B2AE35)
+  return mixed ^ mixed >> np.uint32(13)
 
 
 def load_merged(read: Read, step: Path, base: Base, config: LoraConfig, frozen_dtype,
@@ -115,27 +143,28 @@ def load_merged(read: Read, step: Path, base: Base, config: LoraConfig, frozen_d
 
   read: as in `Base.read`.  own: paths of what the run's step holds itself.
   """
-  adapters = lambda path: [path.replace("/kernel", f"/lora_{x}") for x in "ab"]
-  changed = config.changes(list(wanted))
-  plain = {k: v for k, v in wanted.items() if k not in changed}
-  values = read(step, {k: v for k, v in plain.items() if k in own})
-  as_trained = lambda s: jax.ShapeDtypeStruct(s.shape, frozen_dtype, sharding=s.sharding)
-  rest = {k: v for k, v in plain.items() if k not in own}
-  for path, value in base.read(read, {k: as_trained(v) for k, v in rest.items()}).items():
-    values[path] = value.astype(wanted[path].dtype)
+  changed = config.changes(wanted)
+  as_trained = {k: jax.ShapeDtypeStruct(s.shape, frozen_dtype, sharding=s.sharding)
+                for k, s in wanted.items() if k not in own}
+  values = read(step, {k: s for k, s in wanted.items() if k in own})
+  plain, _ = base.read(read, {k: s for k, s in as_trained.items() if k not in changed})
+  values |= {k: value.astype(wanted[k].dtype) for k, value in plain.items()}
   for path in changed:  # one at a time: the matrices of a large model do not fit twice
     s = wanted[path]
-    whole = (NamedSharding(s.sharding.mesh, P()) if isinstance(s.sharding, NamedSharding)
-             else s.sharding)
-    kernel = base.read(read, {path: as_trained(s)})[path]
-    pair = []
-    if config.rank:
-      *lead, d_in, d_out = s.shape
-      shapes = (*lead, d_in, config.rank), (*lead, config.rank, d_out)
-      request = {k: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
-                 for k, shape in zip(adapters(path), shapes)}
-      got = read(step, request)
-      pair = [got[k] for k in request]
+    kernel = base.read(read, {path: as_trained[path]})[0][path]
+    pair = _adapter(read, step, path, s, config.rank) if config.rank else ()
     values[path] = jax.jit(functools.partial(merged, config=config, dtype=s.dtype),
                            out_shardings=s.sharding)(kernel, adapter=pair)
   return values
+
+
+def _adapter(read: Read, step: Path, path: str, kernel: jax.ShapeDtypeStruct, rank: int):
+  """A and B of a kernel, whole on every device."""
+  (*lead, d_in, d_out), whole = kernel.shape, kernel.sharding
+  if isinstance(whole, NamedSharding):
+    whole = NamedSharding(whole.mesh, P())
+  request = {path.replace("/kernel", f"/lora_{x}"):
+             jax.ShapeDtypeStruct((*lead, *shape), jnp.float32, sharding=whole)
+             for x, shape in zip("ab", ((d_in, rank), (rank, d_out)))}
+  got = read(step, request)
+  return tuple(got[k] for k in request)

@@ -26,8 +26,8 @@ from orbax.checkpoint import multihost as ocp_multihost
 from orbax.checkpoint import v1 as ocp
 
 from mgjax import trees
-from mgjax.adapter_base import BaseError, load_merged, read_base
-from mgjax.config import ModelConfig, build
+from mgjax.adapter_base import load_merged, read_base
+from mgjax.config import CheckpointError, ModelConfig, build
 from mgjax.models.lora import ADAPTER, LoraConfig
 from mgjax.models.mini_gemini import MiniGemini
 from mgjax.sharding import shardings_of
@@ -40,10 +40,6 @@ SETTINGS = ("generation_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "chat_template.jinja")
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that is missing, damaged, or of another model."""
 
 
 class Checkpointer:
@@ -201,17 +197,18 @@ def load_params(path: str | Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> di
   Raises CheckpointError if one is missing or has another shape.
   """
   folder = resolve(path)
-  try:
-    base = read_base(folder.parent.parent)
-    if base is None:
-      return _load_held(folder, wanted)
-    _require(folder, wanted, held_parameters(folder))
-    run = read_run(folder, None)[1]
-    config = build(LoraConfig, run["lora"], f"{folder.parent.parent / CONFIG}: lora")
-    return load_merged(_load_held, folder, base, config, run["frozen_dtype"],
-                       set(parameter_homes(folder)), wanted)
-  except BaseError as e:
-    raise CheckpointError(str(e)) from e
+  base = read_base(folder.parent.parent)
+  if base is None:
+    return _load_held(folder, wanted)
+  _require(folder, wanted, held_parameters(folder))
+  run = read_run(folder, None)[1]
+  return load_merged(_load_held, folder, base, lora_of(run, folder), run["frozen_dtype"],
+                     set(parameter_homes(folder)), wanted)
+
+
+def lora_of(run: dict, where: Path) -> LoraConfig:
+  """What a run's config.json says of adapters."""
+  return build(LoraConfig, run.get("lora", {}), f"{where}: lora")
 
 
 def _load_held(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -243,11 +240,7 @@ def _require(folder: Path, wanted: Iterable[str], held: Container[str]) -> None:
 def held_parameters(path: str | Path) -> set[str]:
   """Paths of the model parameters that `load_params` finds.  Raises CheckpointError."""
   folder = resolve(path)
-  own = set(parameter_homes(folder))
-  try:
-    base = read_base(folder.parent.parent)
-  except BaseError as e:
-    raise CheckpointError(str(e)) from e
+  own, base = set(parameter_homes(folder)), read_base(folder.parent.parent)
   return own if base is None else {k for k in own if not ADAPTER.search(k)} | {*base.parameters}
 
 

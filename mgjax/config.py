@@ -13,6 +13,10 @@ class ConfigError(ValueError):
   """A setting that does not exist, has no such value, or does not fit the others."""
 
 
+class CheckpointError(ValueError):
+  """A checkpoint that is missing, damaged, or of another model."""
+
+
 def at_least(config: Any, least: float, *names: str) -> None:
   """Raises ConfigError naming the first field of `config` below `least` (nan counts as below)."""
   for name in names:

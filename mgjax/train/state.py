@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mgjax import trees
-from mgjax.adapter_base import Base, BaseError, checksum, read_base
+from mgjax.adapter_base import Base, read_base
 from mgjax.checkpoint import (
     CheckpointError,
     abstract_params,
@@ -73,6 +73,10 @@ def abstract_state(config: RunConfig, tx: optax.GradientTransformation,
   Call it inside the mesh.  Raises ValueError if the optimizer table does not fit the parameters.
   """
   graphdef, shapes = abstract_params(model_builder(config), mesh)
+  if not config.lora.rank and (rows := [r for r in config.optimizer.table if "lora_" in r.pattern]):
+    raise ConfigError(f"config.lora.rank is 0, so that there are no adapters, but the row "
+                      f"{rows[0].pattern!r} of config.optimizer.table trains them; give a rank, or "
+                      "train without them (configs/stage2.py)")
   check_table(trees.flatten(shapes), config.optimizer.table)
   params, frozen = split_frozen(shapes, config.optimizer.table)
   check_adapters(config, trees.flatten(params))
@@ -94,7 +98,7 @@ def check_adapters(config: RunConfig, trained: dict[str, jax.ShapeDtypeStruct]) 
   """Raises ConfigError unless the optimizer's table trains adapters, and no layer that has some."""
   if not config.lora.used:
     return
-  plain = [QUANTIZED_PART.sub("/kernel", k) for k in trained]
+  plain = dict.fromkeys(QUANTIZED_PART.sub("/kernel", k) for k in trained)
   if both := config.lora.changes(plain):
     raise ConfigError(f"config.optimizer.table trains {both[0]} whole, which config.lora keeps "
                       f"frozen ({len(both)} such); choose one: narrow config.lora.pattern, or "
@@ -119,7 +123,8 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
   drawn = {k: v for k, v in (params | frozen).items()
            if k not in homes and not QUANTIZED_PART.search(k)}
   if drawn:
-    logging.info("starting from random numbers: %s", ", ".join(sorted({_part(k) for k in drawn})))
+    logging.info("starting from random numbers: %s", ", ".join(sorted(
+        {"adapters" if ADAPTER.search(k) else _part(k) for k in drawn})))
   useless = {_part(k) for k in frozen} & {_part(k) for k in drawn if not ADAPTER.search(k)}
   if useless and config.data.images_per_row:
     logging.warning("%s: random and frozen; name a checkpoint that has it in config.init_from",
@@ -127,7 +132,7 @@ def init_state(config: RunConfig, tx: optax.GradientTransformation,
 
   flat, base = {}, None
   if config.lora.used:
-    base = Base({k: (_own_weights(homes, k), None) for k in wanted if k not in params})
+    base = base_of(homes, [k for k in wanted if k not in params])
     flat, base = load_frozen(config, abstract, base)
   rest = {k: home for k, home in homes.items() if k in params or not config.lora.used}
   for source in set(rest.values()):
@@ -151,13 +156,8 @@ def resumed_state(config: RunConfig, abstract: TrainState, saved: dict,
   """The state that a run saved, with what it left in its base.  Raises CheckpointError."""
   if not config.lora.used:
     return TrainState(**saved)
-  try:
-    base = read_base(workdir)
-  except BaseError as e:
-    raise CheckpointError(str(e)) from e
-  if base is None:
-    raise CheckpointError(f"{workdir}: base.json, which names the base of its adapters, is lost")
-  return TrainState(**saved, frozen=trees.unflatten(load_frozen(config, abstract, base)[0]))
+  frozen, _ = load_frozen(config, abstract, read_base(workdir))
+  return TrainState(**saved, frozen=trees.unflatten(frozen))
 
 
 def plain_frozen(config: RunConfig, abstract: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
@@ -194,16 +194,16 @@ def sources(config: RunConfig, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
   return homes
 
 
-def _own_weights(homes: dict[str, Path], path: str) -> Path:
-  """Where a part of a base lies.  Raises CheckpointError."""
-  if path not in homes:
-    raise CheckpointError(f"config.lora: {path} is frozen and comes from no checkpoint; name the "
-                          "base model in config.init_from")
-  run = homes[path].parent.parent
-  if read_base(run) is not None:
-    raise CheckpointError(f"config.lora: {run} has adapters itself, it is no base for others; "
-                          "merge it first: python -m conversion.to_hf, then conversion.from_hf")
-  return homes[path]
+def base_of(homes: dict[str, Path], frozen: list[str]) -> Base:
+  """The base, checksums not known yet, of what is frozen.  Raises CheckpointError."""
+  if lost := [k for k in frozen if k not in homes]:
+    raise CheckpointError(f"config.lora: {lost[0]} is frozen and comes from no checkpoint "
+                          f"({len(lost)} such); name the base model in config.init_from")
+  for run in {homes[k].parent.parent for k in frozen}:
+    if read_base(run) is not None:
+      raise CheckpointError(f"config.lora: {run} has adapters itself, it is no base for others; "
+                            "merge it first: python -m conversion.to_hf, then conversion.from_hf")
+  return Base({k: (homes[k], None) for k in frozen})
 
 
 def load_frozen(config: RunConfig, abstract: TrainState, base: Base) -> tuple[dict, Base]:
@@ -213,11 +213,8 @@ def load_frozen(config: RunConfig, abstract: TrainState, base: Base) -> tuple[di
   changed = config.lora.changes(plain) if config.lora.base else []
   flat, checksums = {}, {}
   for group in [[k for k in plain if k not in changed]] + [[k] for k in changed]:
-    try:
-      got = base.read(load_params, {k: plain[k] for k in group})
-    except BaseError as e:
-      raise CheckpointError(str(e)) from e
-    checksums |= {k: checksum(v) for k, v in got.items()}
+    got, found = base.read(load_params, {k: plain[k] for k in group})
+    checksums |= found
     for path, value in got.items():
       if path in changed:
         parts = {k: s.sharding for k, s in frozen.items() if k.startswith(path + "/")}
