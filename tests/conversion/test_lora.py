@@ -10,7 +10,7 @@ import pytest
 from folders import BF16, config_of, make_folder, write_tensors
 from safetensors.numpy import load_file, save_file
 
-from conversion import from_hf, to_hf
+from conversion import from_hf, lora, to_hf
 from conversion.tensors import open_tensors
 from mgjax.adapter_base import read_base
 from mgjax.checkpoint import load_model, read_run
@@ -143,6 +143,20 @@ def test_a_folder_that_does_not_fit(adapted, tmp_path, change, message, capsys):
   said = capsys.readouterr().err
   assert re.search(message, said), said
   assert not (tmp_path / "run").exists()
+
+
+def test_each_folder_is_opened_once(adapted, monkeypatch):
+  opened, reader = [], lora.Reader
+  monkeypatch.setattr(lora, "Reader", lambda folder: opened.append(folder) or reader(folder))
+  lora.open_reader(adapted / "run/checkpoints/0")
+  assert sorted(f.parent.parent.name for f in opened) == ["base", "run"]
+
+
+def test_adapters_are_exported_without_their_base(adapted, tmp_path):
+  shutil.copytree(adapted / "run", tmp_path / "run")
+  told = (tmp_path / "run/base.json").read_text().replace(str(adapted), "/nowhere")
+  (tmp_path / "run/base.json").write_text(told)
+  assert export("--checkpoint", tmp_path / "run", "--output", tmp_path / "peft", "--peft") == 0
 
 
 def test_what_cannot_be_exported(adapted, tmp_path, capsys):

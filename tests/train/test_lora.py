@@ -14,6 +14,7 @@ from small_run import make_run, same, saved, stop_at
 
 import mgjax
 from mgjax import trees
+from mgjax.adapter_base import checksum_on_host, checksums
 from mgjax.checkpoint import Checkpointer, CheckpointError, load_model, write_run
 from mgjax.config import ConfigError, ModelConfig
 from mgjax.data.packing import Format
@@ -316,7 +317,8 @@ def test_towers_projector_and_mining_are_left_to_the_table(tmp_path):
      "'decoder/blocks/query' matches no dense layer; the nearest of 8: .*decoder/blocks/q"),
     (dict(pattern="^decoder/"), ADAPTERS, "takes decoder/head, which cannot be adapted: the loss"),
     (dict(), (Row(""),), "trains decoder/blocks/down/kernel whole, which config.lora keeps frozen"),
-    (dict(base="int8"), (Row(""),), "trains decoder/blocks/down/kernel whole"),
+    (dict(base="int8"), (Row(""),), r"trains decoder/blocks/down/kernel whole.*\(7 such\)"),
+    (dict(rank=0), ADAPTERS, r"rank is 0, .* the row '/lora_\[ab\]\$' .* give a rank"),
     (dict(), (Row("^decoder/norm/"), Row("", None)), "trains no adapter"),
 ])
 def test_what_does_not_fit_is_told(root, lora, table, message):
@@ -356,6 +358,22 @@ def test_adapters_meet_no_other_base(root, tmp_path):
     train(more, tmp_path / "on-")
   with pytest.raises(ConfigError, match="lora.rank was 4 and is 8"):
     train(dataclasses.replace(adapted(config, root / "base", rank=8), steps=4), root / "on-")
+
+
+def test_a_lost_base_file_is_told(root, tmp_path):
+  shutil.copytree(root / "on-", tmp_path / "on-")
+  (tmp_path / "on-/base.json").unlink()
+  with mesh_context(device()) as mesh, pytest.raises(CheckpointError, match="base.json.* is lost"):
+    load_model(tmp_path / "on-", mesh)
+
+
+def test_checksums_are_the_same_on_the_host():
+  rng = np.random.default_rng(0)
+  arrays = {"stack": rng.normal(size=(3, 5, 7)), "many": rng.normal(size=(600, 1000)), "one": 2.5}
+  arrays = {f"{k} {t.__name__}": np.asarray(v, t) for t in (np.float32, jnp.bfloat16)
+            for k, v in arrays.items()}
+  for name, got in checksums({k: jnp.asarray(v) for k, v in arrays.items()}).items():
+    assert got == checksum_on_host(arrays[name]), name
 
 
 def test_a_base_has_to_be_named_and_have_its_own_weights(root, tmp_path):
