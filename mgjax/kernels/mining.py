@@ -234,7 +234,9 @@ def _call(plan, kernel, name, interpret, by_query, maps, gradients):
                 *map(whole, matrices)],
       out_specs=out_specs, out_shape=out_shape, scratch_shapes=ring, name=name,
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_vmem_bytes(plan)),
+          dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_vmem_bytes(plan),
+          # Else XLA lets weights be gathered beside it, in an operation that may take less memory.
+          has_side_effects=True),
       interpret=interpret)(*(jnp.pad(x, pad) for x in by_query), *maps, *matrices)
 
 

@@ -36,8 +36,8 @@ ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.0
 MINING_RATE = 0.003
 # Cycles that our own depthwise kernels take for a register (8 columns of 128 channels) of what they
 # read, by the compiler's schedule for ConvNeXt-L's four stages, bfloat16 (benchmarks/depthwise.py
-# --tpu: 40 to 43, 35 to 38, 33 to 35); the arithmetic alone is 24.5.
-DEPTHWISE_CYCLES = {"depthwise_norm": 41, "depthwise_gradient": 34, "depthwise": 36}
+# --tpu: 38 to 46, 30 to 37, 33 to 39); the arithmetic alone is 24.5.
+DEPTHWISE_CYCLES = {"depthwise_norm": 39, "depthwise_gradient": 32, "depthwise": 34}
 _DEPTHWISE = re.compile(r"(depthwise(?:_norm|_gradient)?)(?:\.\d+)?$")
 
 
