@@ -5,17 +5,12 @@ by the TPU's compiler: value and gradients of hidden states and weights, on one 
     python benchmarks/loss.py --length=8192 --vocab=128256 --width=4096 --topology=v5e:2x2
 """
 import argparse
-import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+import jax.numpy as jnp
+from one_chip import Chip
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-from mgjax.sharding import make_mesh, mesh_context  # noqa: E402
-from mgjax.tpu.slices import describe, parse_slice  # noqa: E402
-from mgjax.train.loss import next_token_loss, token_loss  # noqa: E402
+from mgjax.train.loss import next_token_loss, token_loss
 
 WANTED = {"forward": (), "and gradient of hidden states": (0,), "and of weights": (0, 1)}
 
@@ -28,18 +23,14 @@ def main():
   parser.add_argument("--vocab", type=int, default=256_000)
   parser.add_argument("--width", type=int, default=2048)
   args = parser.parse_args()
-  mesh = make_mesh(devices=describe(parse_slice(args.topology))[:1])
-  whole = NamedSharding(mesh, PartitionSpec())
-  make = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-  hidden = make(jnp.bfloat16, 1, args.length, args.width)
-  weights = make(jnp.bfloat16, args.vocab, args.width)
-  targets, mask = make(jnp.int32, 1, args.length), make(jnp.bool, 1, args.length)
+  tpu = Chip(args.topology)
+  arrays = (tpu.array(1, args.length, args.width), tpu.array(args.vocab, args.width),
+            tpu.array(1, args.length, dtype=jnp.int32), tpu.array(1, args.length, dtype=jnp.bool))
   print(f"GiB made on the way, {args.length} positions, {args.vocab:,} words, width {args.width}")
   print(f"{'':<32}{'chunks':>8}{'whole':>8}")
-  with mesh_context(mesh):
-    for name, wrt in WANTED.items():
-      row = [made(form, wrt, hidden, weights, targets, mask) for form in (chunked, from_scores)]
-      print(f"{name:<32}{row[0]:>8.2f}{row[1]:>8.2f}", flush=True)
+  for name, wanted in WANTED.items():
+    row = [made(tpu, form, wanted, arrays) for form in (chunked, from_scores)]
+    print(f"{name:<32}{row[0]:>8.2f}{row[1]:>8.2f}", flush=True)
 
 
 def chunked(hidden, weights, targets, mask):
@@ -51,10 +42,10 @@ def from_scores(hidden, weights, targets, mask):
   return token_loss(scores, targets, mask)[0]
 
 
-def made(form, wrt, *args) -> float:
+def made(tpu, form, wanted, arrays) -> float:
   """GiB at the peak, without arguments; a gradient that comes out is among them."""
-  run = jax.value_and_grad(form, wrt) if wrt else form
-  stats = jax.jit(run).lower(*args).compile().memory_analysis()
+  stats = tpu.compiled(jax.value_and_grad(form, wanted) if wanted else form,
+                       *arrays).memory_analysis()
   return (stats.peak_memory_in_bytes - stats.argument_size_in_bytes) / 2**30
 
 

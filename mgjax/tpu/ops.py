@@ -32,7 +32,7 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 # Depthwise convolutions are not for the matrix unit: 0.4 % is what cycles come to on a v5e.
 ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.004
 # Of mining's kernel, for what the mathematics needs: it multiplies each position with all queries
-# of a row of windows.  By the instructions of its code for a v5e (benchmarks/mining_tpu.py).
+# of a row of windows.  By the instructions of its code for a v5e (benchmarks/mining.py --tpu).
 MINING_RATE = 0.003
 # Cycles that our own depthwise kernels take for a register (8 columns of 128 channels) of what they
 # read, by the compiler's schedule for ConvNeXt-L's four stages, bfloat16 (benchmarks/depthwise.py
