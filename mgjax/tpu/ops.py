@@ -31,14 +31,14 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", 
 # compiler's, and that of fusions with products misses measured steps by a third (docs/tpu.md).
 # Depthwise convolutions are not for the matrix unit: 0.4 % is what cycles come to on a v5e.
 ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.004
-# Of mining's kernel, for what the mathematics needs: it multiplies each position with all queries
-# of a row of windows.  By the instructions of its code for a v5e (benchmarks/mining.py --tpu).
-MINING_RATE = 0.003
-# Cycles that our own depthwise kernels take for a register (8 columns of 128 channels) of what they
-# read, by the compiler's schedule for ConvNeXt-L's four stages, bfloat16 (benchmarks/depthwise.py
-# --tpu: 38 to 46, 30 to 37, 33 to 39); the arithmetic alone is 24.5.
-DEPTHWISE_CYCLES = {"depthwise_norm": 39, "depthwise_gradient": 32, "depthwise": 34}
-_DEPTHWISE = re.compile(r"(depthwise(?:_norm|_gradient)?)(?:\.\d+)?$")
+# Kernels of our own whose code's schedule is known: cycles for a register (8 x 128 values) of the
+# maps that they read, for ConvNeXt-L's maps of 768 pixels, bfloat16, v5e, and FLOPs for a value.  By
+# benchmarks/depthwise.py --tpu (38 to 46 cycles, 30 to 37, 33 to 39; the arithmetic alone is 24.5;
+# LayerNorm 3 to 5) and benchmarks/mining.py --tpu.
+SCHEDULED = {"depthwise_norm": (39, 2 * 49), "depthwise_gradient": (32, 2 * 49),
+             "depthwise": (34, 2 * 49), "mine_forward": (10, 2 * 2), "mine_backward": (12, 2 * 3),
+             "mine_backward of maps too": (23, 2 * 6), "layer_norm": (5, 0)}
+_SCHEDULED = re.compile(r"(depthwise(?:_norm|_gradient)?|mine_(?:for|back)ward|layer_norm)(?:\.\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +71,10 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
     return Cost(0, moved)  # by the memory's own engine, behind the core's back
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
-  kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE] + by_rate[MINING_RATE]
-  if cycles := _depthwise_cycles(module.computations[computation], i):
-    return Cost(flops, moved, max(cycles / (chip.clock * chip.cores), moved / chip.hbm_bandwidth),
-                None, flops)
+  kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
+  if found := _scheduled(module.computations[computation], i):
+    seconds = found[0] / (chip.clock * chip.cores)
+    return Cost(flops, moved, max(seconds, moved / chip.hbm_bandwidth), None, flops)
   compiler = None if i.cycles is None else i.cycles / chip.clock
   if compiler is not None and flops == by_rate[DEPTHWISE_RATE]:
     return Cost(flops, moved, max(compiler, flops / chip.peak), compiler, kernel_flops)
@@ -111,31 +111,24 @@ def op_flops(module: Module, computation: str, i: Instruction,
     return Counter({PRODUCT_RATE: 2 * math.prod(i.arrays[0].dims) * depth})
   if i.opcode == "custom-call" and _GROUPED.match(i.name):
     return Counter({GROUPED_RATE: own_rows * _grouped_flops(operands, i)})
-  if is_kernel(i) and (mined := _mining_flops(operands, i)):
-    return Counter({MINING_RATE: mined})
-  if _depthwise_cycles(operands, i):
-    return Counter({DEPTHWISE_RATE: 2 * 49 * math.prod(operands[i.operands[0]].arrays[0].dims)})
+  if found := _scheduled(operands, i):
+    return Counter({DEPTHWISE_RATE: found[1]})
   return Counter({ATTENTION_RATE: _attention_flops(operands, i)} if is_kernel(i) else {})
 
 
-def _mining_flops(operands, i: Instruction) -> float:
-  """Of `mine_maps`: of each value of the maps two products forward, logits and sum, three for the
-  gradient of queries, as many more for that of maps.  0 for another kernel."""
-  queries = 1 if "mine_forward" in i.name else 2 if "mine_backward" in i.name else 0
-  if not queries:
-    return 0
-  arrays = [operands[name].arrays[0] for name in i.operands]
-  maps = [a for a in arrays[queries:] if len(a.dims) == 4]
-  products = 2 if queries == 1 else 3 if len(i.arrays) == 1 else 6
-  return 2 * products * sum(math.prod(a.dims) for a in maps)
-
-
-def _depthwise_cycles(operands, i: Instruction) -> float:
-  """Of a depthwise kernel, over the cores of a chip; 0 for anything else."""
-  if not is_kernel(i) or not (found := _DEPTHWISE.match(i.name)):
-    return 0
-  n, h, w, c = operands[i.operands[0]].arrays[0].dims
-  return DEPTHWISE_CYCLES[found[1]] * n * h * -(-w // 8) * -(-c // 128)
+def _scheduled(operands, i: Instruction) -> tuple[float, float] | None:
+  """Cycles of all cores and FLOPs of a kernel in SCHEDULED; None for anything else."""
+  if not is_kernel(i) or not (found := _SCHEDULED.match(i.name)):
+    return None
+  name, arrays = found[1], [operands[operand].arrays[0] for operand in i.operands]
+  maps = arrays[:1]
+  if name.startswith("mine"):  # behind queries, and what comes back for them
+    maps = [a for a in arrays[1 if name == "mine_forward" else 2:] if len(a.dims) == 4]
+    name += " of maps too" * (name == "mine_backward" and len(i.arrays) > 1)
+  registers = sum(math.prod(a.dims[:-2]) * -(-a.dims[-2] // 8) * -(-a.dims[-1] // 128)
+                  for a in maps)
+  cycles, flops = SCHEDULED[name]
+  return cycles * registers, flops * sum(math.prod(a.dims) for a in maps)
 
 
 def _grouped_flops(operands, i: Instruction) -> float:
