@@ -103,7 +103,7 @@ def _found(run: Path, entry: Mapping[str, str]) -> Path:
 
 def checksums(values: Mapping[str, jax.Array]) -> dict[str, int]:
   """32 bits of all bits of each array, the same however it is cut."""
-  return {k: int(n) for k, n in _checksums(dict(values)).items()}
+  return {k: int(n) for k, n in zip(values, _checksums(list(values.values())))}
 
 
 @jax.jit  # all at once: one compilation, not one for each shape
@@ -115,7 +115,7 @@ def _checksums(values):
       at = at + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     bits = x.view(jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     return jnp.sum(_mixed(bits, at), dtype=jnp.uint32)
-  return {k: one(x) for k, x in values.items()}
+  return [one(x) for x in values]
 
 
 def checksum_on_host(x: np.ndarray) -> int:
@@ -153,9 +153,13 @@ def load_merged(read: Read, step: Path, base: Base, config: LoraConfig, frozen_d
     s = wanted[path]
     kernel = base.read(read, {path: as_trained[path]})[0][path]
     pair = _adapter(read, step, path, s, config.rank) if config.rank else ()
-    values[path] = jax.jit(functools.partial(merged, config=config, dtype=s.dtype),
-                           out_shardings=s.sharding)(kernel, adapter=pair)
+    values[path] = _merged(kernel, pair, config, s.dtype, s.sharding)
   return values
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _merged(kernel, pair, config, dtype, sharding):
+  return jax.lax.with_sharding_constraint(merged(kernel, config, pair, dtype), sharding)
 
 
 def _adapter(read: Read, step: Path, path: str, kernel: jax.ShapeDtypeStruct, rank: int):

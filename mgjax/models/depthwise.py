@@ -41,7 +41,7 @@ def _chosen(x, kernel):
   if enough and kernel.shape[0] == kernels.TAPS and kernels.fits((n, *x.shape[1:]), x.dtype):
     return "kernel"
   say_once(f"no kernel for the depthwise convolution of {x.dtype} {list(x.shape)} with "
-       f"{kernel.shape[0]}x{kernel.shape[1]} taps: XLA's form, which is slower")
+           f"{kernel.shape[0]}x{kernel.shape[1]} taps: XLA's form, which is slower")
   return "xla"
 
 

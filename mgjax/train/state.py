@@ -218,12 +218,15 @@ def load_frozen(config: RunConfig, abstract: TrainState, base: Base) -> tuple[di
     for path, value in got.items():
       if path in changed:
         parts = {k: s.sharding for k, s in frozen.items() if k.startswith(path + "/")}
-        make = jax.jit(functools.partial(_quantized_layers, name=config.lora.base),
-                       out_shardings=tuple(parts.values()))
-        flat |= zip(parts, make(value))
+        flat |= zip(parts, _quantized(value, config.lora.base, tuple(parts.values())))
       else:
         flat[path] = value
   return flat, Base({k: (base.parameters[k][0], n) for k, n in checksums.items()})
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantized(w, name, shardings):
+  return tuple(map(jax.lax.with_sharding_constraint, _quantized_layers(w, name), shardings))
 
 
 def _quantized_layers(w, name):

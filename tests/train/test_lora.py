@@ -293,6 +293,7 @@ def check_meshes():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), one, eight)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   several_devices.run(__file__, "check_meshes", 8)
 
