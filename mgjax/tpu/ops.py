@@ -73,7 +73,7 @@ def cost(module: Module, computation: str, instruction: Instruction, chip: Chip,
   by_rate = op_flops(module, computation, i, own_rows)
   flops = sum(by_rate.values())
   kernel_flops = by_rate[ATTENTION_RATE] + by_rate[GROUPED_RATE]
-  if found := _scheduled(module.computations[computation], i):
+  if found := _scheduled(module, computation, i):
     seconds = found[0] / (chip.clock * chip.cores)
     return Cost(flops, moved, max(seconds, moved / chip.hbm_bandwidth), None, flops)
   compiler = None if i.cycles is None else i.cycles / chip.clock
@@ -112,15 +112,21 @@ def op_flops(module: Module, computation: str, i: Instruction,
     return Counter({PRODUCT_RATE: 2 * math.prod(i.arrays[0].dims) * depth})
   if i.opcode == "custom-call" and _GROUPED.match(i.name):
     return Counter({GROUPED_RATE: own_rows * _grouped_flops(operands, i)})
-  if found := _scheduled(operands, i):
+  if found := _scheduled(module, computation, i):
     return Counter({DEPTHWISE_RATE: found[1]})
   return Counter({ATTENTION_RATE: _attention_flops(operands, i)} if is_kernel(i) else {})
 
 
-def _scheduled(operands, i: Instruction) -> tuple[float, float] | None:
-  """Cycles of all cores and FLOPs of a kernel in SCHEDULED; None for anything else."""
+def _scheduled(module: Module, computation: str, i: Instruction) -> tuple[float, float] | None:
+  """Cycles of all cores and FLOPs of a kernel in SCHEDULED, also of one with which a collective
+  goes on in a fusion; None for anything else."""
+  if i.opcode == "fusion":
+    body = i.called()[0]
+    found = (_scheduled(module, body, inner) for inner in module.computations[body].values())
+    return next(filter(None, found), None)
   if not is_kernel(i) or not (found := _SCHEDULED.match(i.name)):
     return None
+  operands = module.computations[computation]
   name, arrays = found[1], [operands[operand].arrays[0] for operand in i.operands]
   maps = arrays[:1]
   if name.startswith("mine"):  # behind queries, and what comes back for them

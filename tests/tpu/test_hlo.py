@@ -228,6 +228,20 @@ def test_depthwise_kernels_cost_what_their_schedule_says():
   assert got.flops == got.kernel_flops == 2 * 49 * 2 * 24 * 20 * 192
   assert got.bytes == 2 * 2 * 2 * 24 * 20 * 192 + 4 * 2 * 49 * 128  # what is read thrice, once
   assert got.seconds == 39 * 2 * 24 * 3 * 2 / V5E.clock
+  # A collective that goes on beside it makes a fusion of it.
+  inside = text.replace("%depthwise_norm.7 = bf16[2,24,20,192]{3,2,1,0} custom-call(%m, %m, %m, "
+                        '%taps), custom_call_target="tpu_custom_call"',
+                        "%depthwise_norm.8 = bf16[2,24,20,192]{3,2,1,0} fusion(%m, %taps), "
+                        "kind=kCustom, calls=%both").replace("\nENTRY", """
+%both (p: bf16[2,24,20,192], t: f32[2,49,128]) -> bf16[2,24,20,192] {
+  %p = bf16[2,24,20,192]{3,2,1,0} parameter(0)
+  %t = f32[2,49,128]{2,1,0} parameter(1)
+  ROOT %depthwise_norm.7 = bf16[2,24,20,192]{3,2,1,0} custom-call(%p, %p, %p, %t), custom_call_target="tpu_custom_call"
+}
+
+ENTRY""", 1)
+  module = hlo.parse(inside)
+  assert ops.cost(module, *found(module, "depthwise_norm.8"), V5E).seconds == got.seconds
 
 
 def test_bundles_are_multiplied_by_the_runs_of_their_loops():
