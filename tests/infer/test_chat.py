@@ -465,7 +465,8 @@ def test_ocr_without_its_package_is_told_before_loading(tool, monkeypatch, capsy
   assert "pip install -e '.[ocr]'" in err and err.count("\n") == 1 and not out
 
 
-def test_ctrl_c_amid_a_step_leaves_a_conversation_that_goes_on(tool, engine, monkeypatch, capsys):
+def test_ctrl_c_amid_a_step_leaves_a_conversation_that_goes_on(tool, engine, monkeypatch, capsys,
+                                                               request):
   decode, calls = engine.programs.decode, []
 
   def interrupted(*args):
@@ -476,6 +477,8 @@ def test_ctrl_c_amid_a_step_leaves_a_conversation_that_goes_on(tool, engine, mon
 
   lines = iter(["Tell me", "Go on", "/exit"])
   chat = make_chat(engine, tokens=12)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever others left
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   monkeypatch.setattr(engine.programs, "decode", interrupted)
   monkeypatch.setattr("builtins.input", lambda _: next(lines))
   monkeypatch.setattr(tool, "open_chat", lambda args: chat)
