@@ -10,15 +10,7 @@ Other data: --config.data.path=FILE --config.data.image_root=FOLDER.  Smaller st
 Targets, rank, alpha and dropout are the original's (R4.7), which has no script for it: the learning
 rate is ten times that of the whole LLM, as in LLaVA's scripts, and the projector keeps its own.
 """
-from mgjax.train.recipes import (
-    FINETUNE_PARTS,
-    base_config,
-    loaders,
-    packed_rows,
-    parts_of,
-    preset_of,
-    tune_adapters,
-)
+from mgjax.train.recipes import base_config, finetune_data, preset_of, tune_adapters
 
 FASTER = 10.0  # adapters learn, than the LLM itself would
 
@@ -26,14 +18,7 @@ FASTER = 10.0  # adapters learn, than the LLM itself would
 def get_config(preset: str = "mgm-7b"):
   chosen = preset_of(preset)
   config = base_config(preset)
-  config.data.sources = parts_of(
-      "data/MGM-Finetune/mgm_instruction.json", "data/MGM-Finetune", FINETUNE_PARTS)
-  config.data.aspect = "pad"
-  config.data.truncate = True
-  config.data.update(loaders())
-  config.data.batching = "packed"
-  config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, samples=128,
-                                 text=288))
+  finetune_data(config, chosen)
   config.lora.rank = 64
   if chosen.model.decoder.experts:
     config.lora.pattern = "^decoder/blocks/(q|k|v|out)$"

@@ -10,13 +10,11 @@ configs/stage2.py:mgm-7b,mixed sees documents in high definition (672/1536, 2880
 everything else at 336/768: rows of one resolution share a batch, the two compiled steps take turns.
 """
 from mgjax.train.recipes import (
-    FINETUNE_PARTS,
+    FINETUNE_ROWS,
     TUNE_TEXT,
     base_config,
-    loaders,
+    finetune_data,
     mix_resolutions,
-    packed_rows,
-    parts_of,
     preset_of,
     tune,
 )
@@ -28,16 +26,9 @@ def get_config(arg: str = "mgm-7b"):
     raise ValueError(f"{arg!r}: expected a preset, or a preset and ',mixed'")
   chosen = preset_of(preset)
   config = base_config(preset)
-  config.data.sources = parts_of(
-      "data/MGM-Finetune/mgm_instruction.json", "data/MGM-Finetune", FINETUNE_PARTS)
-  config.data.aspect = "pad"
-  config.data.truncate = True
-  config.data.update(loaders())
-  config.data.batching = "packed"
-  rows = dict(samples=128, text=288)
-  config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, **rows))
+  finetune_data(config, chosen)
   if more:
-    mix_resolutions(config, ("documents and charts", "OCR-VQA"), **rows)
+    mix_resolutions(config, ("documents and charts", "OCR-VQA"), **FINETUNE_ROWS)
   config.optimizer.table = tune(chosen.projector_multiplier) if chosen.model.vision else TUNE_TEXT
   config.checkpoint.every = 1000
   return config

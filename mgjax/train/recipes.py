@@ -64,6 +64,20 @@ def packed_rows(tokens_per_image: int, max_length: int, *, samples: int, text: i
           "batch_size": samples // max(images, 4 - images)}
 
 
+FINETUNE_ROWS = {"samples": 128, "text": 288}  # for `packed_rows`
+
+
+def finetune_data(config: ConfigDict, chosen: Preset) -> None:
+  """Gives a config the paper's mixture of stage 2, packed."""
+  config.data.sources = parts_of(
+      "data/MGM-Finetune/mgm_instruction.json", "data/MGM-Finetune", FINETUNE_PARTS)
+  config.data.aspect = "pad"
+  config.data.truncate = True
+  config.data.update(loaders())
+  config.data.batching = "packed"
+  config.data.update(packed_rows(chosen.model.visual_tokens, chosen.max_length, **FINETUNE_ROWS))
+
+
 def mix_resolutions(config: ConfigDict, names: tuple[str, ...], **rows) -> None:
   """Gives the sources of these names the pictures of the -hd model, in batches of their own; rows:
   as for `packed_rows`."""
