@@ -19,7 +19,9 @@ def command(root, *flags, config="stage2.py:tiny"):
           f"--config.data.path={root}/data.json", f"--config.data.image_root={root}",
           f"--config.tokenizer={TOKENIZER}", "--config.data.batch_size=4",
           "--config.remat.decoder=none",
-          "--config.mesh.fsdp=1", "--config.dtype=float32", "--config.frozen_dtype=float32", *flags]
+          "--config.mesh.fsdp=1", "--config.dtype=float32", "--config.frozen_dtype=float32",
+          "--config.data.max_length=64", "--config.data.row_length=128",
+          "--config.data.images_per_row=2", *flags]
 
 
 def call(args):

@@ -167,8 +167,12 @@ def test_merged_it_says_what_the_adapted_model_does(root, base):
     assert np.abs(say(built(text_run(root), plain), batch) - want).max() > 0.02
 
 
-def test_it_is_loaded_and_finds_its_base_where_both_have_moved(root, tmp_path):
+@pytest.mark.slow  # launch/chat.py's engine is made
+def test_it_answers(root):
   assert not mgjax.load(root / "on-").sees
+
+
+def test_it_is_loaded_and_finds_its_base_where_both_have_moved(root, tmp_path):
   shutil.copytree(root / "base", tmp_path / "base")
   shutil.copytree(root / "on-", tmp_path / "on-")
   told = json.loads((tmp_path / "on-/base.json").read_text())
