@@ -19,7 +19,7 @@ def check(folder, stages):
 
 
 # One of a kind every time: what tells the others apart is in their tables, not in the code.
-OFTEN = ("llama_hd", "llama_noaux", "mixtral")
+OFTEN = ("llama_noaux", "mixtral")
 
 
 @pytest.mark.parametrize("case", [
