@@ -43,7 +43,7 @@ def main():
   if not chosen.tpu:
     return here()
   run = towers if chosen.tower else blocks if chosen.block else convolutions
-  run(Chip(chosen.topology))
+  run(Chip(chosen.topology, schedules=run is convolutions))
 
 
 def here():

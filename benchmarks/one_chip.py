@@ -17,11 +17,16 @@ from mgjax.xla import compiler_options
 
 
 class Chip:
-  """To be made before libtpu is first used: that reads only once where schedules go."""
+  """To be made before libtpu is first used: that reads only once where schedules go.
 
-  def __init__(self, topology: str):
+  schedules: write them, for `kernel_cycles`; large programs compile many times longer with it.
+  """
+
+  def __init__(self, topology: str, *, schedules: bool = True):
     self._folder = tempfile.TemporaryDirectory()
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join(bundles.DUMP_FLAGS).format(folder=self._folder.name)
+    if schedules:
+      os.environ["LIBTPU_INIT_ARGS"] = " ".join(bundles.DUMP_FLAGS).format(
+          folder=self._folder.name)
     self._slice = parse_slice(topology)
     self.kind = chip(self._slice)
     self.mesh = make_mesh(devices=describe(self._slice)[:1])
@@ -31,7 +36,8 @@ class Chip:
 
   def params(self, make):
     """Graph and bfloat16 parameters of a module."""
-    graph, params = nnx.split(nnx.eval_shape(make))
+    with mesh_context(self.mesh):
+      graph, params = nnx.split(nnx.eval_shape(make))
     return graph, jax.tree.map(lambda s: self.array(*s.shape), params)
 
   def compiled(self, f, *args):
