@@ -42,7 +42,8 @@ class Chip:
 
   def compiled(self, f, *args):
     with mesh_context(self.mesh):
-      return jax.jit(f).lower(*args).compile(compiler_options(self.mesh))
+      # A function of its own: what jax traced of `f` may be of another choice of forms.
+      return jax.jit(lambda *args: f(*args)).lower(*args).compile(compiler_options(self.mesh))
 
   def estimate(self, f, *args) -> Estimate:
     """Of f(*args), by the compile tool's account."""

@@ -75,12 +75,12 @@ def make_train_step(config: RunConfig, graphdef: nnx.GraphDef, tx: optax.Gradien
     grads = mask_layers(jax.tree.map(lambda g: g / terms, grads), config.optimizer.table)
     norm = optax.tree.norm(grads)
 
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.named_scope("optimizer"):
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    new = TrainState(state.step + 1, params, state.frozen, opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+      new = TrainState(state.step + 1, params, state.frozen, opt_state)
+      new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step),
                "terms": terms, "finite": finite}
     return new, metrics

@@ -59,8 +59,8 @@ def test_bfloat16():
     near(ours, exact.astype(ours.dtype), 2e-2)
 
 
-def test_without_norm_and_far_from_zero():
-  (x, kernel, bias, _, _), g = inputs((2, 8, 24, 64))
+def test_without_norm_far_from_zero_and_near():
+  (x, kernel, bias, scale, shift), g = inputs((2, 8, 24, 64))
   near(depthwise(x, kernel, bias, interpret=True), grouped_conv(x, kernel) + bias, 1e-5)
   want = jax.vjp(grouped_conv, x, kernel)[1](g)[1], g.sum((0, 1, 2))
   for ours, exact in zip(depthwise_gradient(x, g, interpret=True), want):
@@ -68,6 +68,9 @@ def test_without_norm_and_far_from_zero():
   args = x, kernel, bias + 1000, jnp.ones(64), jnp.zeros(64)
   near(depthwise_norm(*args, 1e-6, implementation="kernel"),
        depthwise_norm(*args, 1e-6, implementation="xla"), 1e-3)  # of 1000, float32 has 6e-5
+  args = x * 1e-3, kernel, bias * 1e-3, scale, shift  # a variance about as small as eps
+  near(depthwise_norm(*args, 1e-6, implementation="kernel"),
+       depthwise_norm(*args, 1e-6, implementation="xla"), 1e-5)
 
 
 @pytest.mark.parametrize("wanted,kernels", [

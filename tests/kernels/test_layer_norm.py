@@ -30,6 +30,13 @@ def test_is_the_plain_form(shape, dtype, bar):
   np.testing.assert_allclose(got.astype(jnp.float32), want, atol=bar, rtol=bar / 4)
 
 
+def test_a_variance_as_small_as_eps():
+  x, *vectors = arguments((4, 64), jnp.float32)
+  x = (x - 3) * 1e-3
+  np.testing.assert_allclose(layer_norm(x, *vectors, 1e-6, interpret=True),
+                             plain_layer_norm(x, *vectors, 1e-6), atol=1e-5)
+
+
 def test_rows_that_are_too_long_are_left_to_xla():
   assert fits((4616, 1024), jnp.bfloat16) and fits((1, 192, 192, 384), jnp.float32)
   assert not fits((8, 2**16), jnp.float32) and not fits((8, 16, 64), jnp.float16)
