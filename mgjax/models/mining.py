@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mgjax.kernels.mining import mine_maps, why_not
+from mgjax.kernels.mining import mine_maps
+from mgjax.kernels.mining_plan import why_not
 from mgjax.models.convnext import concatenated_features
 from mgjax.models.layers import TowerNorm, new_dense
 from mgjax.models.platforms import core_memory, on_each_device, platform, say_once

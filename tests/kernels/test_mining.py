@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax.kernels import mining
-from mgjax.kernels.mining import mine_maps, why_not
+from mgjax.kernels import mining_plan
+from mgjax.kernels.mining import mine_maps
+from mgjax.kernels.mining_plan import why_not
 from mgjax.models.convnext import concatenated_features
 from mgjax.models.mining import by_kernel, pool_windows
 from mgjax.sharding import make_mesh, mesh_context
@@ -62,7 +63,7 @@ def test_is_what_xla_computes(n, side, window, maps, dtype):
 
 
 def test_many_windows_beside_each_other_are_worked_on_in_parts(monkeypatch):
-  monkeypatch.setattr(mining, "MOST", 8)
+  monkeypatch.setattr(mining_plan, "MOST", 8)
   check(*arguments(1, 16, 2, ((1, 8), (2, 10)), jnp.float32))
 
 
