@@ -21,7 +21,7 @@ from timing import seconds
 
 from mgjax.config import ConvNextConfig
 from mgjax.kernels import depthwise as kernels
-from mgjax.kernels.layer_norm import layer_norm
+from mgjax.kernels.layer_norm import layer_norm, layer_norm_gradient
 from mgjax.models import depthwise as forms
 from mgjax.models.convnext import ConvNext, ConvNextBlock
 from mgjax.models.depthwise import depthwise_norm, grouped_conv, shifted_sum
@@ -67,7 +67,7 @@ def convolutions(tpu):
   print("ms a call; registers: cycles a register of 8 x 128; least: 49 multiplications and "
         "additions by four units")
   print(f"{'map':<22}{'least':>7}{'XLA':>7}{'XLA+norm':>9}{'kernel':>8}{'+norm':>7}{'registers':>10}"
-        f"{'gradient':>9}{'norm: XLA':>11}{'kernel':>8}")
+        f"{'gradient':>9}{'norm: XLA':>11}{'kernel':>8}{'gradient: XLA':>15}{'kernel':>8}")
   for shape in stages():
     n, h, w, c = shape
     x, taps, vector = tpu.array(*shape), tpu.array(7, 7, c), tpu.array(c)
@@ -88,11 +88,16 @@ def convolutions(tpu):
     norm = tpu.milliseconds(lambda x, b: plain_layer_norm(x, b, b, 1e-6), x, vector)
     normed_alone = cycles("layer_norm", lambda x, b: layer_norm(x, b, b, 1e-6, interpret=False),
                           x, vector)
+    norm_gradient = tpu.milliseconds(lambda x, g, b: jax.vjp(
+        lambda x, a, b: plain_layer_norm(x, a, b, 1e-6), x, b, b)[1](g), x, x, vector)
+    by_kernel = cycles("layer_norm_gradient", lambda x, g, b: layer_norm_gradient(
+        x, g, b, 1e-6, interpret=False), x, x, vector)
     least = registers * 49 * 2 / 4 / tpu.kind.cores
     ms = lambda cycles: f"{1e3 * cycles / tpu.kind.clock:.2f}"
     print(f"{shape!s:<22}{ms(least):>7}{plain:>7.2f}{xla:>9.2f}{ms(alone):>8}{ms(normed):>7}"
           f"{normed * tpu.kind.cores / registers:>10.1f}{ms(gradient):>9}"
-          f"{norm:>11.2f}{ms(normed_alone):>8}", flush=True)
+          f"{norm:>11.2f}{ms(normed_alone):>8}{norm_gradient:>15.2f}{ms(by_kernel):>8}",
+          flush=True)
 
 
 def blocks(tpu):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgjax.kernels import depthwise as kernels
-from mgjax.models.layers import plain_layer_norm
+from mgjax.models.layers import norm_by_kernel, norm_gradients, plain_layer_norm
 from mgjax.models.platforms import core_memory, on_each_device, platform, say_once
 from mgjax.sharding import batch_shards
 
@@ -57,18 +57,17 @@ def _kernels_forward(x, kernel, bias, scale, shift, eps):
   x, kernel, bias, scale, shift = (a.value for a in (x, kernel, bias, scale, shift))
   y = on_each_device(_convolve, (x,), (kernel, bias))
   saved = kernel if of_map else None, x if of_taps else None, (kernel[0, 0, :0], bias[:0])
-  return plain_layer_norm(y, scale, shift, eps), (y, scale, shift, *saved)
+  return norm_by_kernel(y, scale, shift, eps), (y, scale, shift, *saved)
 
 
 def _kernels_backward(eps, saved, g):
   y, scale, shift, kernel, x, (like_kernel, like_bias) = saved
   d_x = d_kernel = d_bias = None
-  norm = functools.partial(plain_layer_norm, eps=eps)
-  d_y, d_scale, d_shift = jax.vjp(norm, y, scale, shift)[1](g)
+  d_y, d_scale, d_shift = norm_gradients(eps, (y, scale, shift), g)
   if kernel is not None:  # the same convolution with the kernel turned round
     d_x = on_each_device(_convolve, (d_y,), (kernel[::-1, ::-1], jnp.zeros(kernel.shape[2:])))
   if x is not None:
-    d_kernel, d_bias = on_each_device(_gradient, (x, d_y), (), summed=True)
+    d_kernel, d_bias = on_each_device(_gradient, (x, d_y), (), summed=(True, True))
     d_kernel, d_bias = d_kernel.astype(like_kernel.dtype), d_bias.astype(like_bias.dtype)
   return d_x, d_kernel, d_bias, d_scale, d_shift
 

@@ -101,25 +101,31 @@ class TowerNorm(LayerNorm):
 
   def __call__(self, x: jax.Array) -> jax.Array:  # [N, ..., C] -> [N, ..., C]
     if platform() == "tpu" and kernels.fits(x.shape, x.dtype):
-      return _by_kernel(x, self.scale[...], self.bias[...], self.eps)
+      return norm_by_kernel(x, self.scale[...], self.bias[...], self.eps)
     return super().__call__(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_kernel(x, scale, shift, eps):
+def norm_by_kernel(x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
+  """LayerNorm as a TPU runs it: [N, ..., C], each device its own N; scale and shift [C] -> as x."""
   local = functools.partial(kernels.layer_norm, eps=eps, interpret=platform() != "tpu")
   return on_each_device(local, (x,), (scale, shift))
 
 
 def _forward(x, scale, shift, eps):
-  return _by_kernel(x, scale, shift, eps), (x, scale, shift)
+  return norm_by_kernel(x, scale, shift, eps), (x, scale, shift)
 
 
-def _backward(eps, saved, g):
-  return jax.vjp(functools.partial(plain_layer_norm, eps=eps), *saved)[1](g)
+def norm_gradients(eps: float, arguments: tuple[jax.Array, ...],
+                   g: jax.Array) -> tuple[jax.Array, ...]:
+  """By a TPU's kernel, of the arguments x [N, ..., C], scale and shift [C] of a LayerNorm."""
+  x, scale, shift = arguments
+  local = functools.partial(kernels.layer_norm_gradient, eps=eps, interpret=platform() != "tpu")
+  dx, d_scale, d_shift = on_each_device(local, (x, g), (scale,), summed=(False, True, True))
+  return dx, d_scale.astype(scale.dtype), d_shift.astype(shift.dtype)
 
 
-_by_kernel.defvjp(_forward, _backward)
+norm_by_kernel.defvjp(_forward, norm_gradients)
 
 
 def standardize(x: jax.Array, eps: float) -> jax.Array:

@@ -30,14 +30,16 @@ def say_once(text: str) -> None:
 
 
 def on_each_device(local: Callable, rows: tuple[jax.Array, ...], whole: tuple[jax.Array, ...] = (),
-                   summed: bool = False):
+                   summed: bool | tuple[bool, ...] = False):
   """local(*rows, *whole) with each device's own rows, for XLA cannot cut a kernel.  Rows that the
-  devices cannot share evenly are whole everywhere.  summed: what comes out is a sum over rows."""
+  devices cannot share evenly are whole everywhere.  summed: what comes out is a sum over rows; a
+  tuple where that are several."""
   shared = rows[0].shape[0] % batch_shards(jax.sharding.get_abstract_mesh()) == 0
   axes = spec("batch")[0] if shared else None
 
   def body(*args):
-    out = local(*args)
-    return jax.lax.psum(out, axes) if summed and axes else out
+    total = lambda is_sum, x: jax.lax.psum(x, axes) if is_sum and axes else x
+    return jax.tree.map(total, summed, local(*args))
   return jax.shard_map(body, in_specs=(P(axes),) * len(rows) + (P(),) * len(whole),
-                       out_specs=P() if summed else P(axes), check_vma=False)(*rows, *whole)
+                       out_specs=jax.tree.map(lambda is_sum: P() if is_sum else P(axes), summed),
+                       check_vma=False)(*rows, *whole)

@@ -34,12 +34,13 @@ ATTENTION_RATE, GROUPED_RATE, PRODUCT_RATE, DEPTHWISE_RATE = 0.5, 0.8, 0.85, 0.0
 # Kernels of our own whose code's schedule is known: cycles for a register (8 x 128 values) of the
 # maps that they read, for ConvNeXt-L's maps of 768 pixels, bfloat16, v5e; and FLOPs for a value.
 # By benchmarks/depthwise.py --tpu (38 to 46 cycles, 30 to 37, 33 to 39; the arithmetic alone is
-# 24.5; LayerNorm 3 to 5) and benchmarks/mining.py --tpu.
+# 24.5; LayerNorm 3 to 5, its gradient 9 to 10) and benchmarks/mining.py --tpu.
 SCHEDULED = {"depthwise_norm": (39, 2 * 49), "depthwise_gradient": (32, 2 * 49),
              "depthwise": (34, 2 * 49), "mine_forward": (10, 2 * 2), "mine_backward": (12, 2 * 3),
-             "mine_backward of maps too": (23, 2 * 6), "layer_norm": (5, 0)}
+             "mine_backward of maps too": (23, 2 * 6), "layer_norm": (5, 0),
+             "layer_norm_gradient": (10, 0)}
 _SCHEDULED = re.compile(
-    r"(depthwise(?:_norm|_gradient)?|mine_(?:for|back)ward|layer_norm)(?:\.\d+)?$")
+    r"(depthwise(?:_norm|_gradient)?|mine_(?:for|back)ward|layer_norm(?:_gradient)?)(?:\.\d+)?$")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax.kernels.layer_norm import fits, layer_norm
+from mgjax.kernels.layer_norm import fits, layer_norm, layer_norm_gradient
 from mgjax.models import layers
 from mgjax.models.layers import TowerNorm, plain_layer_norm
 from mgjax.sharding import make_mesh, mesh_context
@@ -16,12 +16,15 @@ def arguments(shape, dtype):
   return x, *(jnp.asarray(rng.normal(size=shape[-1]), jnp.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("shape, dtype, bar", [
+SHAPES = pytest.mark.parametrize("shape, dtype, bar", [
     ((2, 7, 5, 100), jnp.float32, 1e-5),   # nothing is a whole register
     ((3, 577, 256), jnp.float32, 1e-5),    # chunks, and one row left over
     ((700, 8, 192), jnp.bfloat16, 2e-2),   # several blocks, the last beyond the end
     ((2, 1100, 512), jnp.float32, 1e-5),   # blocks of rows, the last beyond the end
     ((33, 64), jnp.bfloat16, 2e-2)])
+
+
+@SHAPES
 def test_is_the_plain_form(shape, dtype, bar):
   args = arguments(shape, dtype)
   got = layer_norm(*args, 1e-6, interpret=True)
@@ -30,11 +33,28 @@ def test_is_the_plain_form(shape, dtype, bar):
   np.testing.assert_allclose(got.astype(jnp.float32), want, atol=bar, rtol=bar / 4)
 
 
+@SHAPES
+def test_gradient_is_that_of_the_plain_form(shape, dtype, bar):
+  x, scale, shift = arguments(shape, dtype)
+  g = jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
+  got = layer_norm_gradient(x, g, scale, 1e-6, interpret=True)
+  want = jax.vjp(lambda *a: plain_layer_norm(*a, 1e-6), x.astype(jnp.float32), scale, shift)[1](
+      g.astype(jnp.float32))
+  assert got[0].dtype == dtype and got[1].dtype == got[2].dtype == jnp.float32
+  for ours, exact in zip(got, want, strict=True):
+    assert ours.shape == exact.shape
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact,
+                               atol=bar * max(1, float(jnp.abs(exact).max())), rtol=0)
+
+
 def test_a_variance_as_small_as_eps():
   x, *vectors = arguments((4, 64), jnp.float32)
   x = (x - 3) * 1e-3
   np.testing.assert_allclose(layer_norm(x, *vectors, 1e-6, interpret=True),
                              plain_layer_norm(x, *vectors, 1e-6), atol=1e-5)
+  got = layer_norm_gradient(x, jnp.ones_like(x), vectors[0], 1e-6, interpret=True)[0]
+  want = jax.grad(lambda x: jnp.sum(plain_layer_norm(x, *vectors, 1e-6)))(x)
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def test_rows_that_are_too_long_are_left_to_xla():
@@ -57,11 +77,13 @@ def test_gradients(monkeypatch):
 
   def on_tpu():
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
-    monkeypatch.setattr(layers.kernels, "layer_norm", lambda *a, eps, interpret: layer_norm(
-        *a, eps, interpret=True))
+    for kernel in (layer_norm, layer_norm_gradient):
+      monkeypatch.setattr(layers.kernels, kernel.__name__, lambda *a, eps, interpret, kernel=kernel:
+                          kernel(*a, eps, interpret=True))
 
   with mesh_context(make_mesh(devices=jax.devices()[:1])):
     want = run(of_layer)
     on_tpu()
-    assert "layer_norm" in str(jax.make_jaxpr(of_layer)(*args))
+    assert "layer_norm_gradient" in str(jax.make_jaxpr(jax.grad(lambda x: of_layer(
+        x, *args[1:]).sum()))(args[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), run(of_layer), want)
