@@ -89,7 +89,8 @@ def test_mining(devices, side, factors, trains):
 
 @pytest.mark.parametrize("shape", [(4, 24, 24, 192), (4, 9, 12, 136)])
 @pytest.mark.parametrize("wanted,names", [
-    (False, ["depthwise_norm"]), (True, ["depthwise", "depthwise", "depthwise_gradient"])])
+    (False, ["depthwise_norm"]),
+    (True, ["depthwise", "depthwise", "depthwise_gradient", "layer_norm", "layer_norm_gradient"])])
 def test_depthwise(devices, shape, wanted, names):
   mesh = make_mesh((1, 2, 2, 1), devices)
   with mesh_context(mesh):
@@ -105,5 +106,5 @@ def test_depthwise(devices, shape, wanted, names):
       return jnp.sum(jnp.sin(nnx.merge(graph, params)(x).astype(jnp.float32)))
     run = jax.value_and_grad(loss, (0, 1)) if wanted else loss
     text = jax.jit(run).lower(params, x).compile().as_text()
-  found = re.findall(r"%(depthwise\w*?)(?:\.\d+)? = .*tpu_custom_call", text)
+  found = re.findall(r"%((?:depthwise|layer_norm)\w*?)(?:\.\d+)? = .*tpu_custom_call", text)
   assert sorted(found) == names
