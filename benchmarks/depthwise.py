@@ -5,8 +5,8 @@
 With --tpu: what it takes in the four stages of ConvNeXt-L for 8 images at 768, bfloat16, on one
 chip of a v5e (or --topology), by the TPU's compiler.  XLA's form by the compiler's estimate; our
 kernels by the instruction bundles of the compiler's schedule, see mgjax/tpu/bundles.py.  --block: a
-whole block instead, by the compile tool's account; --tower: the whole tower, which compiles for
-minutes.
+whole block instead, by the compile tool's account; --tower: the whole tower as a run trains it,
+which compiles for minutes.
 
     python benchmarks/depthwise.py --tpu [--block | --tower] [--topology=v5e:2x2]
 """
@@ -26,6 +26,7 @@ from mgjax.models import depthwise as forms
 from mgjax.models.convnext import ConvNext, ConvNextBlock
 from mgjax.models.depthwise import depthwise_norm, grouped_conv, shifted_sum
 from mgjax.models.layers import plain_layer_norm
+from mgjax.models.remat import RematConfig
 
 SHAPES = ((2, 192, 192, 48), (2, 48, 48, 192), (64, 8, 8, 32))
 LARGE = ConvNextConfig(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536))
@@ -111,21 +112,23 @@ def blocks(tpu):
 
 
 def towers(tpu):
-  graph, params = tpu.params(lambda: ConvNext(LARGE, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-  for images in (IMAGES, 2):
+  graph, params = tpu.params(lambda: ConvNext(
+      LARGE, remat_policy=RematConfig().towers, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+  for images in (2, IMAGES):
     for name, (xla, kernel) in zip(("forward", "with gradients"), passes(
-        tpu, graph, params, tpu.array(images, SIZE, SIZE, 3))):
+        tpu, graph, params, tpu.array(images, SIZE, SIZE, 3), wanted=0)):
       print(f"the tower, {images} images at {SIZE}, {name}: {xla:.1f} ms with XLA's convolutions, "
             f"{kernel:.1f} with the kernels", flush=True)
 
 
-def passes(tpu, graph, params, x):
-  """Milliseconds with XLA's convolutions and with kernels, forward, and with all gradients."""
+def passes(tpu, graph, params, x, wanted=(0, 1)):
+  """Milliseconds with XLA's convolutions and with kernels, forward, and with the gradients of
+  parameters and x or what is `wanted` of them."""
   forward = lambda p, x: nnx.merge(graph, p)(x)
   loss = lambda p, x: sum(jnp.sum(y.astype(jnp.float32)) for y in jax.tree.leaves(forward(p, x)))
   yield tuple(with_each(functools.partial(tpu.milliseconds, forward, params, x)))
   yield tuple(with_each(functools.partial(
-      tpu.milliseconds, jax.value_and_grad(loss, (0, 1)), params, x)))
+      tpu.milliseconds, jax.value_and_grad(loss, wanted), params, x)))
 
 
 def with_each(run):

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
+from jax.experimental import multihost_utils
 from small_run import close, same, saved
 
+from mgjax.checkpoint import Checkpointer
 from mgjax.config import ConfigError
 from mgjax.train import hosts, watcher
 from mgjax.train.watcher import Host, verdict
@@ -235,6 +238,17 @@ def one_host(root, port, number):
       p.kill()
       p.communicate()
   return run.processes[number].communicate(timeout=60)[1], run.processes[number].returncode
+
+
+def test_a_checkpoint_asks_nobody_whether_to_stop(tmp_path, monkeypatch):
+  """Hosts agree on a place by counting how often they asked: nobody else may."""
+  asked = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+  checkpointer = Checkpointer(tmp_path, every=1, keep=1)
+  for step in (1, 2):
+    checkpointer.save(step, {"a": jnp.zeros(3)}, {"at": step})
+  checkpointer.close()
+  assert (tmp_path / "checkpoints/2").is_dir() and not asked
 
 
 def test_hosts_that_do_not_come_are_told_in_time(tmp_path):
