@@ -52,6 +52,7 @@ def test_freed_and_read_again(painter):
   assert painter.loaded
 
 
+@pytest.mark.slow
 def test_eight_devices_paint_what_one_paints(painter, tmp_path, monkeypatch):
   """A picture and its negative half on four of them each, in four strips."""
   np.savez(tmp_path / "one.npz", latents=painter.latents(PROMPTS[:1], SMALL),

@@ -223,7 +223,7 @@ def test_attention_over_integers_is_that_over_what_they_stand_for():
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [None, "int4"])
+@pytest.mark.parametrize("name", [pytest.param(None, marks=pytest.mark.slow), "int4"])
 def test_rows_together_are_rows_alone(mesh, name):
   """Continuous batching, and prompts of which another row or turn has read the beginning."""
   model = make_model(mesh, DENSE, name)

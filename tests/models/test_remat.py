@@ -91,7 +91,7 @@ def test_gradients_stay_the_same(policy):
     np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("table", ["align", "tune"])
+@pytest.mark.parametrize("table", [pytest.param("align", marks=pytest.mark.slow), "tune"])
 def test_frozen_towers_cost_nothing_in_the_backward_pass(table):
   """Nothing of them is computed again, whatever their policy; with one that trains, it is."""
   count = lambda table, policy: step_operations(dataclasses.replace(

@@ -191,6 +191,7 @@ def on_eight_devices():
   np.testing.assert_allclose(eight["heldout/loss"], one["heldout/loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same(root, alone, monkeypatch):
   total, terms, _, greedy = alone
   monkeypatch.setenv("HELDOUT_ROOT", str(root))

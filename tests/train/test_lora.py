@@ -172,6 +172,7 @@ def test_it_answers(root):
   assert not mgjax.load(root / "on-").sees
 
 
+@pytest.mark.slow
 def test_it_is_loaded_and_finds_its_base_where_both_have_moved(root, tmp_path):
   shutil.copytree(root / "base", tmp_path / "base")
   shutil.copytree(root / "on-", tmp_path / "on-")
